@@ -1,0 +1,1 @@
+"""The daemon on the controller: link, registry of hosts, policies."""

@@ -1,0 +1,258 @@
+"""Configuration: a TOML file, then the environment, then flags; a key nobody knows is an error.
+
+`load` turns those three into one frozen struct. The structs are the only place that says which keys exist, what
+they mean and what they are by default. Environment variables are `FABRICPILOT_<SECTION>_<KEY>`, for example
+`FABRICPILOT_DATAPATH_LEVELS=4`; flags arrive as a dictionary of overrides with the keys `"section.key"`.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import msgspec
+
+from fabricpilot.errors import UsageError
+from fabricpilot.levels import (
+    DEFAULT_LEVELS,
+    Thresholds,
+    check_dscp,
+    check_levels,
+    default_dscp,
+    default_thresholds,
+)
+
+ENV_PREFIX = "FABRICPILOT_"
+RUN_DIR = "/run/fabricpilot"
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the configuration file."""
+
+
+class HostSection(Section, frozen=True, kw_only=True):
+    """`[host]`: which server this is and which of its NICs are scheduled."""
+
+    interfaces: list[str] = []  # NICs to schedule, for example ["eth0"]; at least one is needed to run
+    name: str = ""  # name towards central; empty: the machine's host name
+    group: str = "default"  # hosts of one group get the same thresholds
+    report_interval_s: float = 1.0  # seconds between reports to central, 0.1 to 60
+    detach_on_exit: bool = False  # true: Ctrl-C and SIGTERM also remove the data path
+    control_socket: str = f"{RUN_DIR}/agent.sock"  # where `agent status` asks
+
+
+class DatapathSection(Section, frozen=True, kw_only=True):
+    """`[datapath]`: how packets are counted and tagged."""
+
+    backend: Literal["auto", "ebpf", "fake"] = "auto"  # fake: no kernel at all, for trying the link
+    levels: int = DEFAULT_LEVELS  # K, 2 to 8
+    thresholds: list[int] = []  # K-1 ascending bytes; empty: the default for K, until central sends better
+    dscp: list[int] = []  # one code point per level; empty: class selectors CS<K> downwards
+    respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
+    flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
+    idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table
+    pin_dir: str = "/sys/fs/bpf/fabricpilot"  # in a bpffs; programs and maps outlive the agent here
+
+
+class QueuesSection(Section, frozen=True, kw_only=True):
+    """`[queues]`: the K strict bands on each NIC."""
+
+    kind: Literal["auto", "prio", "htb", "pfifo_fast", "none"] = "auto"  # none: tag only, leave qdiscs alone
+    link_rate: str = ""  # for htb, for example "10Gbit"; empty: what the NIC says
+    replace_foreign: bool = False  # true: also replace a qdisc that somebody configured (it is restored on detach)
+
+
+class LinkSection(Section, frozen=True, kw_only=True):
+    """`[link]`: the connection of host and central."""
+
+    endpoint: str = ""  # host: where central listens, "tcp://10.0.0.1:5555"; empty: run alone
+    listen: str = "tcp://0.0.0.0:5555"  # central: where it listens
+    key: str = "/etc/fabricpilot/host.key_secret"  # own secret key file (`fabricpilot central keys` makes it)
+    central_key: str = "/etc/fabricpilot/central.key"  # host: central's public key file
+    authorized_keys: str = "/etc/fabricpilot/hosts"  # central: folder of the public key files of its hosts
+    insecure: bool = False  # no encryption and no authentication; accepted on loopback only
+
+
+class PolicySection(Section, frozen=True, kw_only=True):
+    """`[policy]`: what central decides, and how often."""
+
+    interval_s: float = 5.0  # seconds between decisions
+    window_s: float = 60.0  # how much of the past a decision looks at (exponential forgetting)
+    min_flows: int = 200  # finished flows in the window below which the thresholds stay as they are
+    expiry_s: float = 3600.0  # a host that hears nothing for so long marks its policy as stale (it keeps it)
+
+
+class CentralSection(Section, frozen=True, kw_only=True):
+    """`[central]`: the daemon on the controller."""
+
+    control_socket: str = f"{RUN_DIR}/central.sock"  # where `central status` asks
+    host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
+
+
+class AgentConfig(Section, frozen=True, kw_only=True):
+    """Everything `fabricpilot agent` reads."""
+
+    host: HostSection = HostSection()
+    datapath: DatapathSection = DatapathSection()
+    queues: QueuesSection = QueuesSection()
+    link: LinkSection = LinkSection()
+
+    def __post_init__(self) -> None:
+        check_levels(self.datapath.levels)
+        if self.thresholds.levels != self.datapath.levels:
+            raise UsageError(
+                f"datapath.thresholds has {len(self.datapath.thresholds)} values; "
+                f"datapath.levels = {self.datapath.levels} needs {self.datapath.levels - 1}"
+            )
+        check_dscp(self.dscp, self.datapath.levels)
+        _check_range("host.report_interval_s", self.host.report_interval_s, 0.1, 60)
+        _check_range("datapath.flow_entries", self.datapath.flow_entries, 1024, 16_777_216)
+        _check_range("datapath.idle_timeout_s", self.datapath.idle_timeout_s, 1, 86_400)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The configured thresholds, or the default ones for K."""
+        given = self.datapath.thresholds
+        return Thresholds.of(given) if given else default_thresholds(self.datapath.levels)
+
+    @property
+    def dscp(self) -> tuple[int, ...]:
+        """The DSCP code point of each level."""
+        return tuple(self.datapath.dscp) or default_dscp(self.datapath.levels)
+
+
+class CentralConfig(Section, frozen=True, kw_only=True):
+    """Everything `fabricpilot central` reads."""
+
+    central: CentralSection = CentralSection()
+    link: LinkSection = LinkSection(key="/etc/fabricpilot/central.key_secret")
+    policy: PolicySection = PolicySection()
+
+    def __post_init__(self) -> None:
+        _check_range("policy.interval_s", self.policy.interval_s, 0.1, 86_400)
+        _check_range("policy.window_s", self.policy.window_s, self.policy.interval_s, 86_400)
+        _check_range("policy.min_flows", self.policy.min_flows, 1, 1e9)
+        _check_range("policy.expiry_s", self.policy.expiry_s, 1, 1e9)
+        _check_range("central.host_timeout_s", self.central.host_timeout_s, 0.5, 86_400)
+
+
+ConfigT = TypeVar("ConfigT", AgentConfig, CentralConfig)
+
+
+def load(
+    kind: type[ConfigT],
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ConfigT:
+    """The configuration from file, environment and flags, later ones winning.
+
+    Args:
+        kind: `AgentConfig` or `CentralConfig`.
+        path: TOML file; None reads no file.
+        overrides: `{"section.key": value}` from flags; None values are passed over, strings are converted.
+        environ: the environment; `os.environ` by default.
+
+    Raises:
+        UsageError: unreadable or malformed file, unknown key, wrong type or value; names the place.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        tables = _read_toml(path)
+    environ = os.environ if environ is None else environ
+    for name, struct in _sections(kind).items():
+        for field in struct.__struct_fields__:
+            variable = f"{ENV_PREFIX}{name}_{field}".upper()
+            if variable in environ:
+                tables.setdefault(name, {})[field] = _from_text(struct, field, environ[variable], variable)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(kind, tables, key, value)
+    where = str(path) if path else "configuration"
+    _refuse_unknown(kind, tables, where)
+    defaults = kind()
+    merged = {
+        name: {**msgspec.to_builtins(getattr(defaults, name)), **tables.get(name, {})} for name in _sections(kind)
+    }
+    try:
+        return msgspec.convert(merged, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where}: {_readable(str(error))}") from error
+
+
+def parse_rate(text: str) -> int:
+    """A link rate such as `200Mbit`, `10Gbit` or `1000000` (bit/s), in bit/s.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:bit|bps)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"rate '{text}' is not understood; write it like 200Mbit or 10Gbit")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[match[2].lower()])
+
+
+def _sections(kind: type[Any]) -> dict[str, type[Section]]:
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+
+
+def _refuse_unknown(kind: type[Any], tables: Mapping[str, Any], where: str) -> None:
+    sections = _sections(kind)
+    for name, table in tables.items():
+        if name not in sections:
+            raise UsageError(f"{where}: unknown section [{name}]{_did_you_mean(name, sections)}")
+        if not isinstance(table, dict):
+            raise UsageError(f"{where}: '{name}' must be a table, written [{name}]")
+        for key in table:
+            fields = sections[name].__struct_fields__
+            if key not in fields:
+                raise UsageError(f"{where}: unknown key '{key}' in [{name}]{_did_you_mean(key, fields)}")
+
+
+def _put(kind: type[Any], tables: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    section, _, field = key.partition(".")
+    struct = _sections(kind).get(section)
+    if isinstance(value, str) and struct is not None and field in struct.__struct_fields__:
+        value = _from_text(struct, field, value, key)
+    tables.setdefault(section, {})[field] = value
+
+
+def _from_text(struct: type[Section], field: str, text: str, where: str) -> Any:
+    """A string from the environment or a flag, in the type its field has; lists are comma-separated."""
+    wanted = next(f.type for f in msgspec.structs.fields(struct) if f.name == field)
+    item = (get_args(wanted) or (None,))[0]
+    given: Any = text
+    if msgspec.inspect.type_info(wanted).__class__ is msgspec.inspect.ListType:
+        given = [part.strip() for part in text.split(",") if part.strip()]
+        wanted = list[item]  # type: ignore[valid-type]
+    try:
+        return msgspec.convert(given, wanted, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where} = '{text}': {_readable(str(error))}") from error
+
+
+def _readable(message: str) -> str:
+    return message.replace("`", "'").replace("'$.", "'").replace(" - at ", " at ")
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} = {value:g}; it must be {low:g} to {high:g}")

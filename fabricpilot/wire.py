@@ -1,0 +1,134 @@
+"""The messages between host and central, and their encoding.
+
+One tagged union per direction, MessagePack by msgspec, in an envelope with a protocol version. Decoding returns
+None for whatever is malformed, of another version or out of bounds: the caller counts it and goes on; nothing a
+peer sends can raise. Every list has a bound, so a report's size is bounded whatever the traffic.
+
+Times on the wire are durations or Unix nanoseconds; addresses are text; sizes are bytes.
+"""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from fabricpilot.histogram import BINS
+
+PROTOCOL_VERSION = 1
+
+# AuTO reports 100 finished flows of 7 fields a step; enough to see a sample, small enough for 12 kbit/s.
+MAX_FINISHED_SAMPLE = 100
+MAX_LONG_FLOWS = 256  # the longest ones; how many there were in all is told beside
+MAX_MESSAGE_BYTES = 64 * 1024
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Bin = Annotated[int, msgspec.Meta(ge=0, lt=BINS)]
+Histogram = Annotated[dict[Bin, Count], msgspec.Meta(max_length=BINS)]
+ThresholdBytes = Annotated[list[Count], msgspec.Meta(max_length=7)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of all messages; the tag is the class name in lower case."""
+
+
+class FlowSummary(msgspec.Struct, frozen=True, array_like=True):
+    """One flow in a report. For a finished flow the 7 numbers AuTO uses; for a long one its state so far."""
+
+    source: Text  # IP address
+    destination: Text
+    source_port: Count
+    destination_port: Count
+    protocol: Count  # 6 TCP, 17 UDP
+    size_bytes: Count  # payload bytes sent so far (long) or in all (finished)
+    duration_us: Count  # first to last packet: the sender's view of FCT for a finished flow
+    level: Count
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """Host to central, first message after every connect: who is there and what it can do."""
+
+    host: Name
+    group: Name
+    levels: Count
+    backend: Text  # datapath in use, for example "ebpf"
+    queues: Text  # what enforces on the NIC, for example "htb"
+    link_rate_bps: Count  # 0: unknown
+    epoch: Count  # last policy epoch this host applied, 0: none
+    thresholds: ThresholdBytes
+    version: Text
+
+
+class Report(Message, frozen=True, kw_only=True, tag="report"):
+    """Host to central, every interval: summaries of what happened since the last report. It is the heartbeat."""
+
+    host: Name
+    sequence: Count  # 1, 2, ... since the agent started
+    interval_ns: Count
+    epoch: Count  # policy in force
+    sent_bytes: Count  # payload bytes sent by all flows in the interval
+    sizes: Histogram  # sizes of finished flows, bytes
+    durations: Histogram  # durations of finished flows, microseconds
+    finished: Count  # how many flows finished
+    finished_sample: Annotated[list[FlowSummary], msgspec.Meta(max_length=MAX_FINISHED_SAMPLE)]
+    long: Count  # how many flows are long now
+    long_flows: Annotated[list[FlowSummary], msgspec.Meta(max_length=MAX_LONG_FLOWS)]
+    active: Count  # flows in the table
+    counters: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]  # cumulative, from the data path
+
+
+class Policy(Message, frozen=True, kw_only=True, tag="policy"):
+    """Central to host: thresholds to use from now on. Idempotent; an epoch not above the last is ignored."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    thresholds: ThresholdBytes
+    expiry_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    reason: Text = ""
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """Central to host: why its messages are not accepted (for example an identity that is not its key's)."""
+
+    reason: Text
+
+
+FromHost = Hello | Report
+FromCentral = Policy | Refused
+
+_MessageT = TypeVar("_MessageT")
+_encoder = msgspec.msgpack.Encoder()
+_from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
+_from_central: msgspec.msgpack.Decoder[FromCentral] = msgspec.msgpack.Decoder(FromCentral)
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+    body: msgspec.Raw
+
+
+_envelope = msgspec.msgpack.Decoder(_Envelope)
+
+
+def encode(message: Message) -> bytes:
+    """A message with its envelope, as bytes for one ZeroMQ frame."""
+    return _encoder.encode(_Envelope(PROTOCOL_VERSION, msgspec.Raw(_encoder.encode(message))))
+
+
+def decode_from_host(frame: bytes) -> FromHost | None:
+    """What a host sent, or None if it is not a valid message of this protocol version."""
+    return _decode(frame, _from_host)
+
+
+def decode_from_central(frame: bytes) -> FromCentral | None:
+    """What central sent, or None if it is not a valid message of this protocol version."""
+    return _decode(frame, _from_central)
+
+
+def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_MessageT]) -> _MessageT | None:
+    if len(frame) > MAX_MESSAGE_BYTES:
+        return None
+    try:
+        envelope = _envelope.decode(frame)
+        return decoder.decode(envelope.body) if envelope.version == PROTOCOL_VERSION else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

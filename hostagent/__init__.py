@@ -1,0 +1,1 @@
+"""The daemon on each server: data path, queues, agent loop, link to central."""

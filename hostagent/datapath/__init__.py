@@ -1,0 +1,1 @@
+"""What counts, tags and prioritises packets: one interface, several backends."""

@@ -1,0 +1,1 @@
+"""The K strict bands on a NIC."""

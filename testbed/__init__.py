@@ -1,0 +1,1 @@
+"""Real traffic in network namespaces, under any scheme, with its ground truth."""

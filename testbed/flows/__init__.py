@@ -1,0 +1,1 @@
+"""Real flows and their true completion times."""

@@ -1,0 +1,32 @@
+"""Fixtures for tests on the real kernel: network namespaces with unique names that always go away."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+from pyroute2 import netns
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/tests/kernel/" in str(item.path):
+            item.add_marker(pytest.mark.kernel)
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="needs root (CAP_BPF, CAP_NET_ADMIN)"))
+
+
+@pytest.fixture
+def make_netns() -> Iterator[Callable[[str], str]]:
+    """Create network namespaces `fptest-<role>-<unique>`; all are removed when the test ends."""
+    made: list[str] = []
+
+    def make(role: str = "a") -> str:
+        name = f"fptest-{role}-{uuid.uuid4().hex[:8]}"
+        netns.create(name)
+        made.append(name)
+        return name
+
+    yield make
+    for name in made:
+        netns.remove(name)
