@@ -41,7 +41,7 @@ class HostSection(Section, frozen=True, kw_only=True):
     group: str = "default"  # hosts of one group get the same thresholds
     report_interval_s: float = 1.0  # seconds between reports to central, 0.1 to 60
     detach_on_exit: bool = False  # true: Ctrl-C and SIGTERM also remove the data path
-    control_socket: str = f"{RUN_DIR}/agent.sock"  # where `agent status` asks
+    run_dir: str = RUN_DIR  # control socket for `agent status`, and what `detach` needs to restore qdiscs
 
 
 class DatapathSection(Section, frozen=True, kw_only=True):
@@ -88,7 +88,7 @@ class PolicySection(Section, frozen=True, kw_only=True):
 class CentralSection(Section, frozen=True, kw_only=True):
     """`[central]`: the daemon on the controller."""
 
-    control_socket: str = f"{RUN_DIR}/central.sock"  # where `central status` asks
+    run_dir: str = RUN_DIR  # control socket for `central status`
     host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
 
 
