@@ -1,0 +1,109 @@
+"""From reads of the flow table to what happened between them: finished flows, long flows, summaries for central.
+
+Pure functions on numpy columns, called once per report interval by the agent. A flow has finished when it sent a FIN
+or RST, or was silent for the idle timeout; its size is its attained service then. It is told to central once and
+forgotten in the kernel's table. Nothing in the kernel is cleared on read, so a long flow never returns to the top.
+"""
+
+import ipaddress
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fabricpilot.histogram import LogHistogram
+from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS, FlowSummary
+from hostagent.datapath.base import FLAG_ENDED, FlowTable
+
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+_NS_PER_US = 1000
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One read of the flow table, sorted into what finished, what is long and the rest.
+
+    Attributes:
+        finished: indices (shape (n,)) of flows that ended or went idle.
+        long: indices of the active flows beyond the last threshold, the largest first.
+        active: how many flows go on.
+    """
+
+    table: FlowTable
+    finished: npt.NDArray[np.intp]
+    long: npt.NDArray[np.intp]
+    active: int
+
+    @property
+    def finished_keys(self) -> npt.NDArray[np.void]:
+        """Keys of the finished flows, for the data path to forget."""
+        return self.table.keys[self.finished]
+
+    def sizes(self) -> LogHistogram:
+        """Sizes of the finished flows that carried payload, bytes."""
+        return LogHistogram.of(self._finished_states()["attained_bytes"])
+
+    def durations(self) -> LogHistogram:
+        """Durations of the finished flows that carried payload, first to last packet, microseconds."""
+        states = self._finished_states()
+        return LogHistogram.of((states["last_seen_ns"] - states["first_seen_ns"]) // _NS_PER_US)
+
+    def finished_sample(self, rng: np.random.Generator) -> list[FlowSummary]:
+        """At most `MAX_FINISHED_SAMPLE` finished flows, drawn without preference."""
+        rows = self._finished_with_payload()
+        if len(rows) > MAX_FINISHED_SAMPLE:
+            rows = np.sort(rng.choice(rows, MAX_FINISHED_SAMPLE, replace=False))
+        return [summary(self.table, row) for row in rows]
+
+    def long_flows(self) -> list[FlowSummary]:
+        """The `MAX_LONG_FLOWS` largest long flows."""
+        return [summary(self.table, row) for row in self.long[:MAX_LONG_FLOWS]]
+
+    def finished_count(self) -> int:
+        """How many flows with payload finished."""
+        return len(self._finished_with_payload())
+
+    def _finished_with_payload(self) -> npt.NDArray[np.intp]:
+        return self.finished[self.table.states["attained_bytes"][self.finished] > 0]
+
+    def _finished_states(self) -> npt.NDArray[np.void]:
+        return self.table.states[self._finished_with_payload()]
+
+
+def observe(table: FlowTable, last_threshold_bytes: int, idle_timeout_s: float) -> Observation:
+    """Sort a read of the flow table.
+
+    Args:
+        table: the read.
+        last_threshold_bytes: beyond it a flow is long.
+        idle_timeout_s: silence after which a flow counts as finished.
+    """
+    states = table.states
+    # A packet can be stamped after the clock was read for this snapshot: that is no silence.
+    silent_ns = table.read_at_ns - np.minimum(states["last_seen_ns"], table.read_at_ns).astype(np.int64)
+    over = ((states["flags"] & FLAG_ENDED) != 0) | (silent_ns > idle_timeout_s * 1e9)
+    long = np.flatnonzero(~over & (states["attained_bytes"] >= last_threshold_bytes))
+    largest_first = long[np.argsort(states["attained_bytes"][long])[::-1]]
+    return Observation(table, np.flatnonzero(over), largest_first, int(len(table) - over.sum()))
+
+
+def summary(table: FlowTable, row: int | np.intp) -> FlowSummary:
+    """One flow as it travels on the wire and as `agent dump` shows it."""
+    key, state = table.keys[row], table.states[row]
+    return FlowSummary(
+        source=address(key["source"].tobytes()),
+        destination=address(key["destination"].tobytes()),
+        source_port=int(key["source_port"]),
+        destination_port=int(key["destination_port"]),
+        protocol=int(key["protocol"]),
+        size_bytes=int(state["attained_bytes"]),
+        duration_us=max(0, int(state["last_seen_ns"]) - int(state["first_seen_ns"])) // _NS_PER_US,
+        level=int(state["level"]),
+    )
+
+
+def address(raw: bytes) -> str:
+    """A 16-byte address as text; IPv4-mapped ones in dotted form."""
+    if raw[:12] == _V4_MAPPED:
+        return str(ipaddress.IPv4Address(raw[12:]))
+    return str(ipaddress.IPv6Address(raw))

@@ -1,0 +1,74 @@
+"""Sorting a read of the flow table into finished, long and the rest."""
+
+import numpy as np
+import pytest
+
+from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS
+from hostagent.datapath.base import FLAG_ENDED, FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable
+from hostagent.observe import address, observe, summary
+
+SECOND = 10**9
+NOW = 1000 * SECOND
+
+
+def table(*flows):
+    """A flow table from (attained_bytes, silent_s, flags) triples; ports count up from 1."""
+    keys = np.zeros(len(flows), FLOW_KEY_DTYPE)
+    states = np.zeros(len(flows), FLOW_STATE_DTYPE)
+    keys["source"] = np.frombuffer(bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 1]), "u1")
+    keys["source_port"] = np.arange(1, len(flows) + 1)
+    keys["protocol"] = 6
+    for row, (attained, silent_s, flags) in enumerate(flows):
+        last = NOW - int(silent_s * SECOND)
+        states[row] = (attained, 1, last - 5_000_000, last, 0, flags, np.zeros(6))
+    return FlowTable(keys, states, NOW)
+
+
+def test_ended_and_idle_flows_have_finished():
+    seen = observe(table((500, 1, FLAG_ENDED), (900, 31, 0), (700, 29, 0)), 10_000, 30)
+    assert list(seen.finished) == [0, 1]
+    assert seen.active == 1
+    assert list(seen.finished_keys["source_port"]) == [1, 2]
+
+
+def test_a_flow_without_payload_is_forgotten_but_not_told():
+    seen = observe(table((0, 1, FLAG_ENDED), (10, 1, FLAG_ENDED)), 10_000, 30)
+    assert len(seen.finished) == 2
+    assert seen.finished_count() == seen.sizes().total == seen.durations().total == 1
+
+
+def test_long_flows_come_largest_first_and_an_ended_one_is_not_long():
+    seen = observe(table((10_000, 1, 0), (9_999, 1, 0), (50_000, 1, 0), (90_000, 1, FLAG_ENDED)), 10_000, 30)
+    assert [flow.size_bytes for flow in seen.long_flows()] == [50_000, 10_000]
+
+
+def test_what_travels_is_bounded():
+    many = MAX_LONG_FLOWS + 300
+    seen = observe(table(*[(20_000 + i, 1, 0) for i in range(many)], *[(5, 1, FLAG_ENDED)] * 500), 10_000, 30)
+    assert len(seen.long_flows()) == MAX_LONG_FLOWS
+    assert len(seen.long) == many
+    assert len(seen.finished_sample(np.random.default_rng(1))) == MAX_FINISHED_SAMPLE
+
+
+def test_a_packet_stamped_after_the_read_is_not_idle():
+    seen = observe(table((500, -1, 0)), 10_000, 30)
+    assert seen.active == 1
+
+
+def test_empty_table():
+    seen = observe(table(), 10_000, 30)
+    assert (seen.active, seen.finished_count(), seen.long_flows()) == (0, 0, [])
+
+
+def test_summary_tells_addresses_and_microseconds():
+    flow = summary(table((500, 1, 0)), 0)
+    assert (flow.source, flow.source_port, flow.duration_us, flow.size_bytes) == ("10.0.0.1", 1, 5000, 500)
+
+
+@pytest.mark.parametrize("text", ["10.1.2.3", "fd00::1", "::1"])
+def test_addresses(text):
+    import ipaddress
+
+    ip = ipaddress.ip_address(text)
+    raw = ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
+    assert address(raw) == text
