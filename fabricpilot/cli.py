@@ -14,16 +14,27 @@ from fabricpilot.errors import FabricpilotError
 
 
 class Rooms(click.Group):
-    """A group whose subcommands are loaded from the rooms only when they are named."""
+    """A group whose subcommands are entry points of the rooms, loaded only when they are named."""
+
+    entry_point_group = "fabricpilot.commands"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all subcommands."""
-        return sorted(_commands())
+        return sorted({*super().list_commands(ctx), *self._rooms()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The subcommand of that name, or None."""
-        found = _commands().get(cmd_name)
-        return found.load() if found else None
+        found = self._rooms().get(cmd_name)
+        return found.load() if found else super().get_command(ctx, cmd_name)
+
+    def _rooms(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.entry_point_group)}
+
+
+class Benchmarks(Rooms):
+    """The benchmarks of all rooms."""
+
+    entry_point_group = "fabricpilot.benchmarks"
 
 
 @click.group(cls=Rooms, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,6 +44,11 @@ def root() -> None:
 
     Exit codes: 0 good, 1 failed, 2 wrong usage or configuration, 3 the kernel lacks what is needed.
     """
+
+
+@root.group(cls=Benchmarks)
+def bench() -> None:
+    """Measure, always as a ratio against a baseline in the same run."""
 
 
 def main() -> None:
@@ -53,7 +69,3 @@ def main() -> None:
         # The reader of our output (head, less) has gone; point stdout away so that exiting does not raise again.
         sys.stdout = None
         sys.exit(0)
-
-
-def _commands() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group="fabricpilot.commands")}
