@@ -11,7 +11,9 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from fabricpilot.errors import UsageError
 from fabricpilot.histogram import BINS
+from fabricpilot.levels import Thresholds
 
 PROTOCOL_VERSION = 1
 
@@ -81,9 +83,15 @@ class Policy(Message, frozen=True, kw_only=True, tag="policy"):
     """Central to host: thresholds to use from now on. Idempotent; an epoch not above the last is ignored."""
 
     epoch: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-    thresholds: ThresholdBytes
-    expiry_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    thresholds: ThresholdBytes  # ascending; anything else is malformed
+    expiry_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # counted from the last word of central
     reason: Text = ""
+
+    def __post_init__(self) -> None:
+        try:
+            Thresholds.of(self.thresholds)
+        except UsageError as error:
+            raise ValueError(str(error)) from error  # msgspec turns it into a ValidationError: malformed
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
@@ -92,8 +100,18 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     reason: Text
 
 
+class Identify(Message, frozen=True, kw_only=True, tag="identify"):
+    """Central to host: a report came from a host it does not know (central has restarted); say Hello."""
+
+
+class Ack(Message, frozen=True, kw_only=True, tag="ack"):
+    """Central to host, every few seconds: central is alive, and this is the newest epoch for this host."""
+
+    epoch: Count  # 0: central has not decided anything for its group yet
+
+
 FromHost = Hello | Report
-FromCentral = Policy | Refused
+FromCentral = Policy | Refused | Identify | Ack
 
 _MessageT = TypeVar("_MessageT")
 _encoder = msgspec.msgpack.Encoder()
