@@ -1,0 +1,211 @@
+"""Thresholds that minimise the exact mean response time of multilevel processor sharing (`mlps.py`).
+
+Central runs this every few seconds on the flow sizes the hosts reported, so it has to take well under a second. The
+criterion is a sum over the levels, and a level's term depends on its two bounds alone. So dynamic programming over a
+logarithmic grid of sizes finds the best thresholds of the whole grid, without starting values or local minima;
+the same on ever finer grids around the thresholds found brings them to about 1 % of a size, where the optimum is
+flat. Fewer levels than K may be best (sizes that hardly differ): the thresholds left over then lie beyond the largest
+size and do nothing.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from central.thresholds.integrals import SizeIntegrals, Weight
+from central.thresholds.mlps import Criterion, first_level_cost, level_costs, response_in_levels
+from central.thresholds.optimum import Optimum, ascending, check_load, check_objective
+from fabricpilot.errors import UsageError
+from fabricpilot.levels import Thresholds, check_levels
+from simulator.workloads.distribution import SizeDistribution
+
+Floats = npt.NDArray[np.float64]
+
+_GRID = 56  # sizes in the first grid: a factor of about 1.3 apart for web search
+_GRID_CELLS = 20  # cells per level while searching: costs within about 0.1 %, alike for neighbours
+_ZOOM = 7  # candidates around each threshold
+_ZOOM_ROUNDS = 3  # each three times finer
+_ZOOM_CELLS = 32
+_LEAST_RATIO = 1.25  # between thresholds: closer ones are worth nothing and make a level nobody is in
+_FINAL_CELLS = 64  # and twice as many, extrapolated: about 1e-6
+
+
+def optimise(
+    sizes: SizeDistribution, load: float, levels: int, objective: str = "fct", *, base_bytes: float = 0.0
+) -> Optimum:
+    """The best thresholds for K levels.
+
+    Args:
+        sizes: flow sizes, published or from a histogram of reported flows.
+        load: share of the link's capacity the flows need, 0 < load < 1 (`usable_load` for a measured one).
+        levels: K, 2 to 8.
+        objective: "fct", "slowdown" or "tail", see `OBJECTIVES`.
+        base_bytes: what the link could send in the time a flow takes besides its transmission (base round trip);
+            part of both times of a slowdown. With 0 it is the model's own, T(x)/x.
+
+    Raises:
+        UsageError: load, levels, objective or base out of range.
+    """
+    check_levels(levels)
+    problem = _Problem.of(sizes, load, objective, base_bytes)
+    start = time.perf_counter()
+    chosen = problem.zoom(problem.best_on_grid(levels))
+    thresholds = _fill(chosen * problem.sizes.unit_bytes, levels, sizes.max_bytes)
+    return Optimum(
+        thresholds,
+        problem.value(thresholds),
+        problem.value(None),
+        objective,
+        "exact",
+        load,
+        time.perf_counter() - start,
+    )
+
+
+def evaluate(
+    sizes: SizeDistribution,
+    load: float,
+    thresholds: Thresholds | None,
+    objective: str = "fct",
+    *,
+    base_bytes: float = 0.0,
+) -> float:
+    """Value of the objective under `thresholds` (None: one level, processor sharing); arguments as in `optimise`."""
+    return _Problem.of(sizes, load, objective, base_bytes).value(thresholds)
+
+
+def response_times(sizes: SizeDistribution, load: float, thresholds: Thresholds, at_bytes: npt.ArrayLike) -> Floats:
+    """T(x): mean response time of a flow of each size, in bytes the link sends meanwhile; shape of `at_bytes`.
+
+    Raises:
+        UsageError: load out of range, or a size that is not above 0 or beyond the largest.
+    """
+    check_load(load)
+    integrals = SizeIntegrals(sizes)
+    x = np.asarray(at_bytes, np.float64) / integrals.unit_bytes
+    if x.size and (x.min() <= 0 or x.max() > integrals.largest * (1 + 1e-12)):
+        raise UsageError(f"sizes asked for must lie above 0 and up to the largest, {sizes.max_bytes:g} bytes")
+    bounds = _bounds(thresholds, integrals)
+    first_end = np.append(bounds, integrals.largest)[:1]
+    result = x / (1 - load * (1 - integrals.tail(first_end)))
+    upper = np.append(bounds[1:], integrals.largest)
+    if len(bounds):
+        curve = response_in_levels(integrals, load, bounds, upper, 2 * _FINAL_CELLS)
+        for level in range(len(bounds)):
+            inside = np.interp(x, curve.edges[level], curve.at[level])
+            result = np.where((x > bounds[level]) & (x <= upper[level]), inside, result)
+    return result * integrals.unit_bytes
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One distribution, load and criterion; all sizes inside in units of the mean."""
+
+    sizes: SizeIntegrals
+    load: float
+    criterion: Criterion
+    objective: str
+
+    @classmethod
+    def of(cls, sizes: SizeDistribution, load: float, objective: str, base_bytes: float) -> "_Problem":
+        check_load(load)
+        check_objective(objective)
+        if not (np.isfinite(base_bytes) and base_bytes >= 0):
+            raise UsageError(f"base_bytes = {base_bytes}; give a number of bytes, 0 or more")
+        integrals = SizeIntegrals(sizes)
+        order, power = {"fct": (0, 1), "slowdown": (1, 1), "tail": (2, 2)}[objective]
+        return cls(integrals, load, Criterion(Weight(order, base_bytes / integrals.unit_bytes), power), objective)
+
+    def value(self, thresholds: Thresholds | None) -> float:
+        """The objective in its public unit."""
+        bounds = _bounds(thresholds, self.sizes)
+        # The cells' error falls with their square: two resolutions cancel its first term.
+        coarse, fine = self._total(bounds, _FINAL_CELLS), self._total(bounds, 2 * _FINAL_CELLS)
+        total = (4 * fine - coarse) / 3
+        return float({"fct": total * self.sizes.unit_bytes, "slowdown": total, "tail": np.sqrt(total)}[self.objective])
+
+    def best_on_grid(self, levels: int) -> Floats:
+        """Best bounds between at most `levels` levels, on a logarithmic grid over all sizes; shape (up to K-1,)."""
+        largest = self.sizes.largest
+        low = min(max(self.sizes.smallest / 2, 1 / self.sizes.unit_bytes), largest / 2)
+        grid = np.geomspace(low, largest, _GRID)
+        lower, upper = np.triu_indices(_GRID, 1)
+        apart = (grid[upper] >= grid[lower] * _LEAST_RATIO) | (upper == _GRID - 1)
+        lower, upper = lower[apart], upper[apart]
+        between = np.full((_GRID, _GRID), np.inf)
+        between[lower, upper] = level_costs(
+            self.sizes, self.load, grid[lower], grid[upper], self.criterion, _GRID_CELLS
+        )
+        best = first_level_cost(self.sizes, self.load, grid, self.criterion)  # of levels up to each grid size
+        fewest, came_from = [best], []
+        for _ in range(levels - 1):
+            through = fewest[-1][:, None] + between
+            came_from.append(through.argmin(axis=0))
+            fewest.append(through.min(axis=0))
+        used = int(np.argmin([cost[-1] for cost in fewest]))
+        chosen, at = [], _GRID - 1
+        for step in reversed(came_from[:used]):
+            at = int(step[at])
+            chosen.append(grid[at])
+        return np.array(chosen[::-1])
+
+    def zoom(self, bounds: Floats) -> Floats:
+        """The same on finer and finer grids around each bound."""
+        low = 1 / self.sizes.unit_bytes
+        ratio = (self.sizes.largest / min(max(self.sizes.smallest / 2, low), self.sizes.largest / 2)) ** (
+            1 / (_GRID - 1)
+        )
+        for _ in range(_ZOOM_ROUNDS if len(bounds) else 0):
+            around = bounds[:, None] * ratio ** np.linspace(-1, 1, _ZOOM)
+            bounds = self._best_chain(np.clip(around, low, self.sizes.largest))
+            ratio = ratio ** (1 / 3)
+        return bounds
+
+    def _best_chain(self, candidates: Floats) -> Floats:
+        """One of the candidates, shape (bounds, n), for each bound, such that the total is smallest."""
+        count, n = candidates.shape
+        lower = np.repeat(candidates[:, :, None], n, axis=2)
+        upper = np.repeat(np.append(candidates[1:], np.full((1, n), self.sizes.largest), axis=0)[:, None, :], n, axis=1)
+        valid = upper >= lower * _LEAST_RATIO * (1 - 1e-12)
+        valid[-1] = upper[-1] > lower[-1]
+        empty = ~valid[-1, :, 0]  # a last threshold at the largest size
+        valid[-1, :, 1:] = False  # the last level has one upper bound
+        cost = np.full((count, n, n), np.inf)
+        cost[valid] = level_costs(self.sizes, self.load, lower[valid], upper[valid], self.criterion, _ZOOM_CELLS)
+        cost[-1, empty, 0] = 0.0
+        best = first_level_cost(self.sizes, self.load, candidates[0], self.criterion)
+        came_from = []
+        for level in range(count):
+            through = best[:, None] + cost[level]
+            came_from.append(through.argmin(axis=0))
+            best = through.min(axis=0)
+        at, chosen = 0, []
+        for level in reversed(range(count)):
+            at = int(came_from[level][at])
+            chosen.append(candidates[level, at])
+        return np.array(chosen[::-1])
+
+    def _total(self, bounds: Floats, cells: int) -> float:
+        """The criterion for these bounds, all below the largest size."""
+        first = bounds[:1] if len(bounds) else np.array([self.sizes.largest])
+        total = first_level_cost(self.sizes, self.load, first, self.criterion)[0]
+        if len(bounds):
+            upper = np.append(bounds[1:], self.sizes.largest)
+            total += level_costs(self.sizes, self.load, bounds, upper, self.criterion, cells).sum()
+        return float(total)
+
+
+def _bounds(thresholds: Thresholds | None, sizes: SizeIntegrals) -> Floats:
+    """The thresholds that some flow reaches, in units of the mean size."""
+    given = np.array(thresholds.bytes if thresholds else (), np.float64) / sizes.unit_bytes
+    return given[given < sizes.largest]
+
+
+def _fill(chosen_bytes: Floats, levels: int, largest_bytes: float) -> Thresholds:
+    """Exactly K-1 thresholds: those chosen, then ones beyond the largest size, doubling."""
+    values = list(chosen_bytes)
+    beyond = max(largest_bytes, *values, 1.0) if values else max(largest_bytes, 1.0)
+    missing = levels - 1 - len(values)
+    return ascending(values + [beyond * 2**step for step in range(missing)])
