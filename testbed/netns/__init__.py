@@ -1,1 +1,1 @@
-"""Topologies of network namespaces."""
+"""Topologies of network namespaces, and the register of what is ours on this machine."""
