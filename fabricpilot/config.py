@@ -79,6 +79,11 @@ class LinkSection(Section, frozen=True, kw_only=True):
 class PolicySection(Section, frozen=True, kw_only=True):
     """`[policy]`: what central decides, and how often."""
 
+    scheme: Literal["optimiser", "fixed"] = "optimiser"  # fixed: `thresholds` below, whatever is reported
+    thresholds: list[int] = []  # for the fixed scheme: K-1 ascending bytes
+    objective: Literal["fct", "slowdown", "tail"] = "fct"  # what the optimiser minimises
+    min_gain: float = 0.01  # predicted improvement (a share) below which thresholds stay as they are
+    shared_rate: str = ""  # bottleneck that a group's hosts share, "10Gbit"; empty: each host's own NIC is it
     interval_s: float = 5.0  # seconds between decisions
     window_s: float = 60.0  # how much of the past a decision looks at (exponential forgetting)
     min_flows: int = 200  # finished flows in the window below which the thresholds stay as they are
@@ -90,6 +95,7 @@ class CentralSection(Section, frozen=True, kw_only=True):
 
     run_dir: str = RUN_DIR  # control socket for `central status`
     host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
+    threshold_log: str = ""  # file that gets one JSON line per change of thresholds; empty: none
 
 
 class AgentConfig(Section, frozen=True, kw_only=True):
@@ -136,6 +142,11 @@ class CentralConfig(Section, frozen=True, kw_only=True):
         _check_range("policy.window_s", self.policy.window_s, self.policy.interval_s, 86_400)
         _check_range("policy.min_flows", self.policy.min_flows, 1, 1e9)
         _check_range("policy.expiry_s", self.policy.expiry_s, 1, 1e9)
+        _check_range("policy.min_gain", self.policy.min_gain, 0, 1)
+        if self.policy.thresholds:
+            Thresholds.of(self.policy.thresholds)
+        if self.policy.shared_rate:
+            parse_rate(self.policy.shared_rate)
         _check_range("central.host_timeout_s", self.central.host_timeout_s, 0.5, 86_400)
 
 

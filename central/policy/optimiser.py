@@ -1,0 +1,44 @@
+"""The scheme that computes: thresholds with the least mean response time for the sizes and load just reported.
+
+It changes thresholds only where the model predicts a gain worth a change: every change re-ranks the flows under way,
+and estimates from a window of some hundred flows wander by themselves.
+"""
+
+from dataclasses import dataclass
+
+from central.policy.base import Decision, GroupSummary
+from central.thresholds.exact import evaluate, optimise
+from central.thresholds.optimum import usable_load
+from simulator.workloads.distribution import SizeDistribution
+
+
+@dataclass(frozen=True)
+class OptimiserPolicy:
+    """The exact optimiser with hysteresis.
+
+    Attributes:
+        objective: what is minimised, a key of `central.thresholds.optimum.OBJECTIVES`.
+        min_flows: finished flows in the window below which nothing is decided.
+        min_gain: predicted share by which the objective must fall for a change.
+    """
+
+    objective: str = "fct"
+    min_flows: int = 200
+    min_gain: float = 0.01
+    name: str = "optimiser"
+
+    def decide(self, summary: GroupSummary) -> Decision:
+        """The best thresholds for these sizes, if they are clearly better than those in force."""
+        if summary.flows < self.min_flows:
+            return Decision(None, f"{summary.flows:.0f} finished flows in the window, {self.min_flows} are needed")
+        sizes = SizeDistribution.from_histogram(summary.sizes, summary.group)
+        load = usable_load(summary.load)
+        best = optimise(sizes, load, summary.levels, self.objective)
+        basis = f"{summary.flows:.0f} flows at load {load:.2f}"
+        if summary.thresholds is None or summary.thresholds.levels != summary.levels:
+            return Decision(best.thresholds, f"first for {basis}")
+        now = evaluate(sizes, load, summary.thresholds, self.objective)
+        gain = 1 - best.mean / now
+        if gain < self.min_gain:
+            return Decision(None, f"{gain:.1%} to gain for {basis}, {self.min_gain:.1%} are worth a change", gain)
+        return Decision(best.thresholds, f"{gain:.1%} better for {basis}", gain)

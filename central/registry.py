@@ -1,0 +1,209 @@
+"""Who is there and what they reported: hosts, their groups, and the summary of a group that a policy decides on.
+
+Where it sits: the daemon hands every Hello and Report in, with the time; every interval it takes a `GroupSummary` per
+group and K out. No socket, no clock and no thread in here. A host is described by a fixed number of bytes, whatever it
+reports, and weighs in its group's estimates within bounds (`windows.py`).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from central.policy.base import GroupSummary
+from central.windows import ForgettingWindow, influence, running_counts, size_distribution
+from fabricpilot.config import parse_rate
+from fabricpilot.histogram import BINS, LogHistogram
+from fabricpilot.levels import MAX_LEVELS, MIN_LEVELS, Thresholds
+from fabricpilot.wire import Hello, Report
+
+# Reports count payload; a link also carries Ethernet preamble, gap, headers: 1538 bytes for 1448 of payload.
+WIRE_OVERHEAD = 1538 / 1448
+
+# Load when no host knows its link's rate. Thresholds matter little where load is low, so assume it is not.
+ASSUMED_LOAD = 0.8
+LEAST_LOAD, MOST_LOAD = 0.05, 0.95  # estimates beyond say more about the estimate than about the traffic
+
+MISSED_REPORTS = 3  # a host is lost after so many of its own intervals, or `host_timeout_s` if that is longer
+FORGET_AFTER_S = 3600.0
+
+_NS_PER_S = 1e9
+
+
+@dataclass(slots=True)
+class Host:
+    """One host, as its last messages describe it. Times are monotonic seconds."""
+
+    name: str
+    peer: bytes  # the connection it spoke on last
+    hello: Hello
+    seen_s: float
+    sizes: ForgettingWindow
+    running: dict[int, int] = field(default_factory=dict)  # long flows by attained size, {bin: count}
+    lost: bool = False
+    reports: int = 0
+    sequence: int = 0  # of its last report; 0: none yet
+    missed: int = 0  # reports that never came
+    restarts: int = 0  # times its sequence began again
+    interval_s: float = 1.0
+    sent_bps: float = 0.0  # payload, faded over the window
+    epoch: int = 0  # of the policy in force there
+    active: int = 0
+    long: int = 0
+    told_s: float = -math.inf  # when central last sent it anything
+
+
+@dataclass
+class InForce:
+    """The thresholds that central sent to a group's hosts with one K."""
+
+    thresholds: Thresholds
+    epoch: int
+    reason: str
+    since: float  # Unix seconds
+
+
+@dataclass
+class Group:
+    """Hosts that get the same thresholds; where they differ in K, each K has its own."""
+
+    name: str
+    durations: ForgettingWindow
+    in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
+    verdict: dict[int, str] = field(default_factory=dict)  # K -> what the last decision said
+
+
+class Registry:
+    """All hosts and groups.
+
+    Args:
+        window_s: how much of the past counts (exponential forgetting).
+        host_timeout_s: silence after which a host is lost.
+        shared_rate: bottleneck that the hosts of a group share, for example "10Gbit"; empty: each host's own link.
+    """
+
+    def __init__(self, window_s: float, host_timeout_s: float, shared_rate: str = "") -> None:
+        self.hosts: dict[str, Host] = {}
+        self.groups: dict[str, Group] = {}
+        self._window_s = window_s
+        self._timeout_s = host_timeout_s
+        self._shared_bps = parse_rate(shared_rate) if shared_rate else 0
+
+    def hello(self, name: str, peer: bytes, hello: Hello, now_s: float) -> Host | None:
+        """A host introduces itself; None if what it says of itself is impossible (its number of levels)."""
+        if not MIN_LEVELS <= hello.levels <= MAX_LEVELS:
+            return None
+        host = self.hosts.get(name)
+        if host is None:
+            host = Host(name, peer, hello, now_s, ForgettingWindow(self._window_s))
+            self.hosts[name] = host
+        host.peer, host.hello, host.seen_s, host.lost, host.epoch = peer, hello, now_s, False, hello.epoch
+        if hello.group not in self.groups:
+            self.groups[hello.group] = Group(hello.group, ForgettingWindow(self._window_s))
+        return host
+
+    def report(self, name: str, peer: bytes, report: Report, now_s: float) -> Host | None:
+        """A host's report; None if it has not introduced itself."""
+        host = self.hosts.get(name)
+        if host is None:
+            return None
+        self._count_sequence(host, report.sequence)
+        interval_s = max(report.interval_ns / _NS_PER_S, 0.01)
+        self._fade_rate(host, report.sent_bytes * 8 / interval_s, interval_s)
+        host.interval_s = min(interval_s, 60.0)
+        host.peer, host.seen_s, host.lost = peer, now_s, False
+        host.reports += 1
+        host.epoch, host.active, host.long = report.epoch, report.active, report.long
+        host.sizes.add(report.sizes, now_s)
+        host.running = running_counts([flow.size_bytes for flow in report.long_flows], report.long)
+        self.groups[host.hello.group].durations.add(report.durations, now_s)
+        return host
+
+    def sweep(self, now_s: float) -> list[Host]:
+        """Hosts that are lost since the last call. Those lost for long are forgotten, and groups without hosts."""
+        lost = []
+        for host in list(self.hosts.values()):
+            silent_s = now_s - host.seen_s
+            if silent_s > FORGET_AFTER_S:
+                del self.hosts[host.name]
+            elif not host.lost and silent_s > max(self._timeout_s, MISSED_REPORTS * host.interval_s):
+                host.lost = True
+                lost.append(host)
+        groups = {host.hello.group for host in self.hosts.values()}
+        for name in [name for name in self.groups if name not in groups]:
+            del self.groups[name]
+        return lost
+
+    def members(self, group: str, levels: int) -> list[Host]:
+        """Hosts of a group with K = `levels` that are not lost."""
+        return [
+            host
+            for host in self.hosts.values()
+            if host.hello.group == group and host.hello.levels == levels and not host.lost
+        ]
+
+    def summaries(self, now_s: float) -> Iterator[GroupSummary]:
+        """One summary per group and K. Sizes and load are the whole group's: K does not shape the traffic."""
+        present: dict[str, list[Host]] = defaultdict(list)
+        for host in self.hosts.values():
+            if not host.lost:
+                present[host.hello.group].append(host)
+        for name, hosts in sorted(present.items()):
+            flows, sizes = self._sizes(hosts, now_s)
+            load = self.load(hosts)
+            for levels in sorted({host.hello.levels for host in hosts}):
+                in_force = self.groups[name].in_force.get(levels)
+                yield GroupSummary(
+                    group=name,
+                    levels=levels,
+                    hosts=sum(host.hello.levels == levels for host in hosts),
+                    flows=flows,
+                    load=load,
+                    sizes=sizes,
+                    thresholds=in_force.thresholds if in_force else None,
+                )
+
+    def load(self, hosts: list[Host]) -> float:
+        """Offered load of these hosts' bottleneck, a share of its rate, bounded to `LEAST_LOAD`..`MOST_LOAD`.
+
+        What was sent stands for what was offered, which holds while the link is not full all the time. Without a
+        shared rate it is the mean over the hosts that send, each against its own link.
+        """
+        if self._shared_bps:
+            load = sum(host.sent_bps for host in hosts) * WIRE_OVERHEAD / self._shared_bps
+        else:
+            own = [
+                min(1.0, host.sent_bps * WIRE_OVERHEAD / host.hello.link_rate_bps)
+                for host in hosts
+                if host.hello.link_rate_bps and host.sent_bps > 0
+            ]
+            load = sum(own) / len(own) if own else ASSUMED_LOAD
+        return min(max(load, LEAST_LOAD), MOST_LOAD)
+
+    def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
+        """Finished flows in the window, and the distribution of the sizes of all."""
+        finished = np.array([host.sizes.at(now_s) for host in hosts]).reshape(-1, BINS)
+        weights = influence(finished.sum(axis=1))
+        joined = weights @ finished
+        running = np.zeros(BINS)
+        most_running = influence(np.array([float(sum(host.running.values())) for host in hosts]))
+        for host, weight in zip(hosts, most_running, strict=True):
+            for index, count in host.running.items():
+                running[index] += weight * count
+        return float(joined.sum()), size_distribution(joined, running)
+
+    def _count_sequence(self, host: Host, sequence: int) -> None:
+        if host.sequence and sequence > host.sequence:
+            host.missed += sequence - host.sequence - 1
+        elif host.sequence:
+            host.restarts += 1
+        host.sequence = sequence
+
+    def _fade_rate(self, host: Host, sent_bps: float, interval_s: float) -> None:
+        """Move the rate towards the last interval's; nobody sends faster than the link."""
+        if host.hello.link_rate_bps:
+            sent_bps = min(sent_bps, host.hello.link_rate_bps)
+        share = 1.0 if host.reports == 0 else -math.expm1(-interval_s / self._window_s)
+        host.sent_bps += share * (sent_bps - host.sent_bps)
