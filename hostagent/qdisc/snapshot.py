@@ -1,0 +1,163 @@
+"""What somebody else had configured on a NIC: kept on disk, rehearsed before it is touched, put back on detach.
+
+The kernel shows less than it was told for some kinds (red's table, a program behind a filter), so whether a tree can be
+rebuilt is not guessed: it is rebuilt on a temporary interface, read back and compared, before anything changes.
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from fabricpilot.errors import FabricpilotError, KernelError, UsageError
+from hostagent.qdisc.link import Link, add_scratch_link, remove_link
+from hostagent.qdisc.objects import ROOT, TcObject, handle_text, is_u32_root_table, replayable
+from hostagent.qdisc.plan import QueuePlan
+from hostagent.qdisc.rtnetlink import create, read_objects, refused
+
+_VERSION = 1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an agent leaves in its run directory about one NIC, for the next agent and for `detach`."""
+
+    version: int
+    boot_id: str
+    ifindex: int
+    plan: QueuePlan
+    original: tuple[TcObject, ...]  # empty: the kernel's default was there
+
+
+def record_path(run_dir: Path, interface: str) -> Path:
+    """Where the record of an interface is."""
+    return run_dir / f"qdisc-{interface}.json"
+
+
+def save_record(run_dir: Path, link: Link, plan: QueuePlan, original: tuple[TcObject, ...]) -> None:
+    """Write the record, whole or not at all, and onto the disk before anything changes.
+
+    Raises:
+        FabricpilotError: the run directory cannot be written.
+    """
+    record = Record(_VERSION, _BOOT_ID.read_text().strip(), link.index, plan, original)
+    path = record_path(run_dir, link.name)
+    draft = path.with_suffix(".new")
+    try:
+        run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            file.write(msgspec.json.encode(record))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise FabricpilotError(f"cannot write {path}: {error.strerror}; check host.run_dir") from error
+
+
+def load_record(run_dir: Path, link: Link) -> Record | None:
+    """The record of this very interface since this boot, or None.
+
+    Raises:
+        FabricpilotError: there is one and it cannot be read.
+    """
+    path = record_path(run_dir, link.name)
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=Record)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise FabricpilotError(
+            f"cannot read {path}: {error}; it says what was on {link.name}: put that right by hand, then remove it"
+        ) from error
+    # An interface made anew under the same name, or a reboot: what the record speaks of is gone.
+    if record.ifindex != link.index or record.boot_id != _BOOT_ID.read_text().strip():
+        return None
+    return record
+
+
+def drop_record(run_dir: Path, interface: str) -> None:
+    """Forget the record, if there is one."""
+    record_path(run_dir, interface).unlink(missing_ok=True)
+
+
+def rehearse(ipr: IPRoute, link: Link, original: tuple[TcObject, ...]) -> None:
+    """Make sure that `original` can be rebuilt exactly, on a temporary interface with as many transmit queues.
+
+    Raises:
+        UsageError: it cannot; nothing was changed.
+        KernelError: there is nothing to try it on.
+    """
+    try:
+        scratch = add_scratch_link(ipr, link.transmit_queues)
+    except NetlinkError as error:
+        raise refused(error, "making a temporary interface") from error
+    if scratch is None:
+        raise KernelError(
+            "cannot make a temporary interface; the kernel needs one of CONFIG_DUMMY, CONFIG_VETH, CONFIG_IFB"
+        )
+    try:
+        replay(ipr, scratch.index, original)
+        missing = differences(original, read_objects(ipr, scratch.index))
+        if missing:
+            raise UsageError(_cannot(link.name, f"{missing[0]} would not come back as it is"))
+    except NetlinkError as error:
+        raise UsageError(_cannot(link.name, str(refused(error, "rebuilding it on a temporary interface")))) from error
+    finally:
+        remove_link(ipr, scratch)
+
+
+def replay(ipr: IPRoute, ifindex: int, original: tuple[TcObject, ...]) -> None:
+    """Build `original` on an interface, its root in place of what is there.
+
+    Parents come before children: whatever has none yet waits for the next round.
+
+    Raises:
+        NetlinkError: the kernel refused an object for good.
+    """
+    waiting = [replayable(o) for o in original if o.noun != "filter"]
+    while waiting:
+        later: list[TcObject] = []
+        refusal: NetlinkError | None = None
+        for obj in waiting:
+            try:
+                create(ipr, ifindex, obj)
+            except NetlinkError as error:
+                refusal = error
+                later.append(obj)
+        if len(later) == len(waiting) and refusal is not None:
+            raise refusal
+        waiting = later
+    for obj in _filters_in_order(original):
+        create(ipr, ifindex, obj)
+
+
+def differences(wanted: tuple[TcObject, ...], found: tuple[TcObject, ...]) -> list[str]:
+    """Objects that are in one of the two and not in the other, by name."""
+    return sorted(
+        f"{obj.noun} {obj.kind} {handle_text(obj.handle)}"
+        for obj in {replayable(o) for o in wanted} ^ {replayable(o) for o in found}
+    )
+
+
+def _filters_in_order(original: tuple[TcObject, ...]) -> list[TcObject]:
+    """Filters so that u32's numbered hash tables come out with the numbers they had; the kernel makes the root ones."""
+    filters = [replayable(o) for o in original if o.noun == "filter"]
+    root_table = {(o.parent, o.info): o.handle for o in filters if is_u32_root_table(o)}
+    ordered = sorted(filters, key=lambda o: root_table.get((o.parent, o.info), 0))
+    return [o for o in ordered if not is_u32_root_table(o)]
+
+
+def _cannot(interface: str, reason: str) -> str:
+    return (
+        f"the qdisc on {interface} cannot be put back exactly later ({reason}), so it stays; "
+        f'remove it yourself (tc qdisc del dev {interface} root) or set queues.kind = "none"'
+    )
+
+
+def root_kind(objects: tuple[TcObject, ...]) -> str:
+    """What stands at the root, for people."""
+    return next(
+        (f"{o.kind} {handle_text(o.handle)}" for o in objects if o.noun == "qdisc" and o.parent == ROOT), "none"
+    )
