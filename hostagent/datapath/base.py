@@ -1,7 +1,8 @@
 """The data path as the agent sees it: one interface, whatever counts and tags the packets underneath.
 
 `Settings` is the whole vector the kernel acts on, applied at once. `FlowTable` is one read of the flow table as numpy
-columns; counters in it only ever grow, so the agent works with differences.
+columns. An entry's counters only ever grow; when a SYN starts an entry afresh (port reuse) its `first_seen_ns`
+changes, so (key, first_seen_ns) names one flow.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from fabricpilot.levels import Thresholds, check_dscp
 
-# Layout of `struct flow_key` in ebpf/; IPv4 addresses are IPv4-mapped (::ffff:a.b.c.d), ports in host order.
+# Layout of `struct flow_key` in ebpf/parse.h; IPv4 addresses are IPv4-mapped (::ffff:a.b.c.d), ports in host order.
 FLOW_KEY_DTYPE = np.dtype(
     [
         ("source", "u1", 16),
@@ -24,7 +25,9 @@ FLOW_KEY_DTYPE = np.dtype(
     ]
 )
 
-# Layout of `struct flow_state` in ebpf/. Times are CLOCK_MONOTONIC nanoseconds.
+# Layout of `struct flow_state` in ebpf/flow.h. Times are CLOCK_MONOTONIC nanoseconds; the first is exact, the last is
+# exact once the flow has ended and that of the latest timer tick (1 to 10 ms) before. `level` is that of the latest
+# packet with payload.
 FLOW_STATE_DTYPE = np.dtype(
     [
         ("attained_bytes", "<u8"),
@@ -38,7 +41,7 @@ FLOW_STATE_DTYPE = np.dtype(
 )
 
 FLAG_ENDED = 1  # a FIN or RST was sent; the entry waits to be read and forgotten
-FLAG_SAW_START = 2  # the flow's SYN was seen (TCP), so attained_bytes is all it ever sent
+FLAG_SAW_START = 2  # TCP: its SYN was seen, so attained_bytes is all it ever sent. UDP: always set
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Settings:
         check_dscp(self.dscp, self.thresholds.levels)
         if len(self.priority) != self.thresholds.levels:
             raise ValueError(f"{len(self.priority)} priorities for {self.thresholds.levels} levels")
+        if any(not 0 <= priority < 2**32 for priority in self.priority):
+            raise ValueError(f"priority = {list(self.priority)}; skb->priority is an unsigned 32-bit number")
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,22 @@ class FlowTable:
 
     keys: npt.NDArray[np.void]
     states: npt.NDArray[np.void]
-    read_at_ns: int  # CLOCK_MONOTONIC
+    read_at_ns: int  # CLOCK_MONOTONIC, before the read began
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @classmethod
+    def empty(cls, read_at_ns: int) -> "FlowTable":
+        """A table without flows."""
+        return cls(np.zeros(0, FLOW_KEY_DTYPE), np.zeros(0, FLOW_STATE_DTYPE), read_at_ns)
 
 
 class Datapath(Protocol):
     """What counts, tags and prioritises packets.
 
     A backend keeps no state of its own that matters: all of it is in the kernel, so that another agent can adopt it.
+    Opening one changes nothing; `attach` and `apply` bring it into the kernel where it is not there yet.
     """
 
     name: str
@@ -92,7 +103,7 @@ class Datapath(Protocol):
         """
 
     def attached(self) -> list[str]:
-        """Interfaces scheduled now, also by an agent before this one."""
+        """Interfaces scheduled now, also by an agent before this one; sorted."""
 
     def detach(self) -> None:
         """Remove every trace from the kernel: filters, pins, maps. Idempotent."""
@@ -110,7 +121,7 @@ class Datapath(Protocol):
         """Drop the given flows (FLOW_KEY_DTYPE, shape (n,)); returns how many were there."""
 
     def counters(self) -> dict[str, int]:
-        """Cumulative counters by name: packets and bytes per level, untracked packets by reason, evictions."""
+        """Cumulative counters by name (`layout.counter_names`), since the data path was loaded."""
 
     def close(self) -> None:
         """Let go of file descriptors; the kernel goes on tagging."""

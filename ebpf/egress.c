@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * The egress program: gives every TCP and UDP packet that leaves a NIC the level its flow has earned.
+ * Hook: clsact egress, direct action, before the qdisc sees the packet.
+ *
+ *   1. parse    Ethernet, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone   (parse.h, counters.h)
+ *   2. account  find or insert the flow, add the payload, compare with the thresholds         (flow.h, level.h)
+ *   3. mark     DSCP for the fabric, skb->priority for the NIC's own queues                   (mark.h)
+ *
+ * It always returns TC_ACT_UNSPEC, so other programs on the NIC still run, and no path of it drops a packet.
+ * UAPI headers and __sk_buff only: it runs on any kernel from 5.15 on without kernel headers or BTF.
+ * FLOW_ENTRIES, the size of the flow table, is defined by the loader (hostagent/datapath/source.py).
+ */
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
+#include "counters.h"
+#include "parse.h"
+#include "level.h"
+#include "flow.h"
+#include "mark.h"
+
+int fabricpilot_egress(struct __sk_buff *skb)
+{
+	__u32 zero = 0, segments = skb->gso_segs ? skb->gso_segs : 1;
+	struct counters *count = counters.lookup(&zero);
+	struct settings *settings = settings_in_force();
+	struct packet packet = {};
+	int reason;
+	__u8 level;
+
+	if (!count || !settings)
+		return TC_ACT_UNSPEC; /* cannot be: array maps always have their entries */
+	reason = parse_anywhere(skb, &packet);
+	if (reason != PARSED) {
+		count->untracked[reason & (UNTRACKED_REASONS - 1)] += segments;
+		return TC_ACT_UNSPEC;
+	}
+	level = account(&packet, segments, settings, count);
+	mark(skb, &packet, segments, level, settings, count);
+	return TC_ACT_UNSPEC;
+}

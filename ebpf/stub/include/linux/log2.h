@@ -1,0 +1,1 @@
+/* Included by bcc's helpers, which bring their own log2. */

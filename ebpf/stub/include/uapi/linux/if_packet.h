@@ -1,0 +1,1 @@
+/* Included by bcc's helpers; nothing in ebpf/ needs packet sockets. */

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * DCTCP (RFC 8257) as a TCP congestion control written in BPF (struct_ops), for kernels without tcp_dctcp.
+ *
+ * Hook: struct tcp_congestion_ops; registered by `bpftool struct_ops register`, chosen per socket by TCP_CONGESTION
+ * under the name bpf_dctcp (never mistaken for the kernel's own `dctcp`). Both ends of a connection need it: it turns
+ * ECN on in the handshake, and the receiver's half is what makes the sender's estimate true.
+ *
+ *   receiver (RFC 3.2)  a packet's CE differs from that of the packets before it
+ *                       -> acknowledge those before it at once with their ECE, then this one with its own
+ *   sender (RFC 3.3)    every acceptable ACK: count bytes acknowledged, and those acknowledged with ECE;
+ *                       once per window: M = marked / acknowledged; alpha += (M - alpha) / 16
+ *   sender (RFC 3.3-3.5) ECE: the kernel asks once per window; the window becomes cwnd * (1 - alpha / 2)
+ *                       loss: the window becomes cwnd / 2, whatever alpha is; growth and the rest is Reno
+ *
+ * Everything per socket lives in the socket (icsk_ca_priv): no map, nothing to leak.
+ */
+#include <linux/bpf.h>
+#include <linux/types.h>
+
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_tracing.h>
+
+#include "kernel_types.h"
+
+/* Licence of the compiled program: the kernel lends its functions only to GPL programs. */
+char _license[] SEC("license") = "GPL";
+
+/* The algorithm's name, and that of the map that registers it. */
+#ifdef DCTCP_TRACE
+#define DCTCP_NAME bpf_dctcp_trace
+#else
+#define DCTCP_NAME bpf_dctcp
+#endif
+#define QUOTE(text) #text
+#define QUOTED(macro) QUOTE(macro)
+
+#define ALPHA_ONE (1u << 20) /* alpha and M are fractions in units of 2^-20 */
+#define GAIN_SHIFT 4         /* g = 1/16, RFC 8257 section 4.2 */
+#define MIN_CWND_PKTS 2u     /* one in flight may wait for the peer's delayed ACK; two never do */
+
+/* Preprocessor constants of the kernel (include/net/tcp.h), not in BTF. */
+#define TCP_CONG_NEEDS_ECN 0x2
+#define TCP_ECN_OK 0x1         /* RFC 3168 ECN was negotiated */
+#define TCP_ECN_DEMAND_CWR 0x4 /* our ACKs carry ECE */
+#define SOL_TCP 6
+#define TCP_CONGESTION 13
+#define TCP_CA_CWR 2
+#define TCP_CA_RECOVERY 3
+#define TCP_CA_LOSS 4
+#define TCP_LISTEN 10
+#define TCP_CLOSE 7
+
+struct dctcp {
+	/* sender */
+	__u32 alpha;          /* DCTCP.Alpha */
+	__u32 window_end;     /* DCTCP.WindowEnd, sequence number */
+	__u32 last_una;       /* SND.UNA at the previous ACK */
+	__u32 reduced_from;   /* packets: cwnd before the last reduction, to undo it */
+	__u64 acked_bytes;    /* DCTCP.BytesAcked */
+	__u64 marked_bytes;   /* DCTCP.BytesMarked */
+	__u8 reduction_fresh; /* reduced_from belongs to the congestion episode going on now */
+	/* receiver */
+	__u8 ce;            /* DCTCP.CE */
+	__u32 last_rcv_nxt; /* RCV.NXT before the packet at hand */
+};
+
+#include "dctcp_trace.h"
+
+extern void tcp_reno_cong_avoid(struct sock *sk, __u32 ack, __u32 acked) __ksym;
+
+/* The kernel hands `struct sock` to struct_ops programs as the tcp_sock it is part of. */
+static __always_inline struct tcp_sock *tcp_sk(struct sock *sk)
+{
+	return (struct tcp_sock *)sk;
+}
+
+static __always_inline struct dctcp *state_of(struct tcp_sock *tp)
+{
+	return (struct dctcp *)tp->inet_conn.icsk_ca_priv;
+}
+
+static __always_inline int before(__u32 a, __u32 b)
+{
+	return (__s32)(a - b) < 0;
+}
+
+SEC("struct_ops")
+void BPF_PROG(dctcp_init, struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+	__u8 tcp_state = sk->__sk_common.skc_state;
+
+	ca->alpha = ALPHA_ONE; /* RFC 3.3: a first mark halves the window, as it would without history */
+	ca->window_end = tp->snd_una;
+	ca->last_una = tp->snd_una;
+	ca->reduced_from = 0;
+	ca->acked_bytes = 0;
+	ca->marked_bytes = 0;
+	ca->reduction_fresh = 0;
+	ca->ce = 0;
+	ca->last_rcv_nxt = tp->rcv_nxt;
+
+	/* The peer does not do ECN: be Reno, and send no ECT (the kernel clears it with the change). */
+	if (!(tp->ecn_flags & TCP_ECN_OK) && tcp_state != TCP_LISTEN && tcp_state != TCP_CLOSE) {
+		char reno[] = "reno";
+
+		bpf_setsockopt(sk, SOL_TCP, TCP_CONGESTION, reno, sizeof(reno));
+	}
+}
+
+static __always_inline void set_ece(struct tcp_sock *tp, __u8 on)
+{
+	if (on)
+		tp->ecn_flags |= TCP_ECN_DEMAND_CWR;
+	else
+		tp->ecn_flags &= ~TCP_ECN_DEMAND_CWR;
+}
+
+/* The receiver. Called for each arriving data packet, after RCV.NXT has moved over it, before any ACK is sent. */
+SEC("struct_ops")
+void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+	__u8 ce = event == CA_EVENT_ECN_IS_CE;
+
+	if (!ce && event != CA_EVENT_ECN_NO_CE)
+		return;
+	if (ce != ca->ce) {
+		/* A delayed ACK is owed for packets of the other kind: they go by themselves, with their own ECE. */
+		if (tp->inet_conn.icsk_ack.pending & ICSK_ACK_TIMER) {
+			set_ece(tp, ca->ce);
+			bpf_tcp_send_ack(tp, ca->last_rcv_nxt);
+		}
+		/* This packet's ACK goes at once too: a sender with a window of one or two must not wait for a timer. */
+		tp->inet_conn.icsk_ack.pending |= ICSK_ACK_NOW;
+		ca->ce = ce;
+	}
+	ca->last_rcv_nxt = tp->rcv_nxt;
+	/* Always, not only on a change: the kernel's RFC 3168 code latches ECE on CE and clears it on CWR. */
+	set_ece(tp, ce);
+}
+
+/* The sender's estimate. Called for every acceptable ACK, after SND.UNA has moved, before the window is touched. */
+SEC("struct_ops")
+void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+	__u32 acked_bytes = tp->snd_una - ca->last_una;
+	__u8 ece = !!(flags & CA_ACK_ECE);
+	__u8 window_ended = before(ca->window_end, tp->snd_una);
+
+	ca->last_una = tp->snd_una;
+	ca->acked_bytes += acked_bytes;
+	if (ece)
+		ca->marked_bytes += acked_bytes;
+
+	if (window_ended) {
+		__u64 total = ca->acked_bytes;
+		/* At least one byte was acknowledged, or SND.UNA could not have passed the end of the window. */
+		__s32 marked = total ? (ca->marked_bytes << 20) / total : 0;
+
+		/* The shift rounds down also below zero: without marks alpha reaches 0 exactly (RFC 4.2 warns of less). */
+		ca->alpha += (marked - (__s32)ca->alpha) >> GAIN_SHIFT;
+		ca->window_end = tp->snd_nxt;
+		ca->acked_bytes = 0;
+		ca->marked_bytes = 0;
+	}
+	trace(tp, ca, DCTCP_RECORD_ACK, ece, window_ended, tp->snd_ssthresh);
+}
+
+/*
+ * The window after congestion: cwnd * (1 - alpha / 2). The kernel asks at most once per window of data.
+ *
+ * RFC 8257 counts bytes, the kernel whole packets; with a few packets of window and a small alpha, rounding would lose
+ * the reduction or double it. The fraction is therefore kept where Reno keeps the fraction it has grown (snd_cwnd_cnt).
+ */
+SEC("struct_ops")
+__u32 BPF_PROG(dctcp_ssthresh, struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+	__u32 cwnd = tp->snd_cwnd;
+	__u64 exact = (__u64)cwnd * (2 * ALPHA_ONE - ca->alpha); /* packets, unit 2^-21 */
+	__u32 whole = exact >> 21;
+	__u32 fraction = exact & (2 * ALPHA_ONE - 1);
+
+	ca->reduced_from = cwnd;
+	ca->reduction_fresh = 1;
+	if (whole < MIN_CWND_PKTS) {
+		whole = MIN_CWND_PKTS;
+		fraction = 0;
+	}
+	tp->snd_cwnd_cnt = ((__u64)fraction * whole) >> 21;
+	trace(tp, ca, DCTCP_RECORD_REDUCTION, 0, 0, whole);
+	return whole;
+}
+
+/*
+ * Loss (RFC 3.5): react as a conventional TCP, once per window. The kernel has asked for ssthresh before it enters
+ * Recovery or Loss, in this episode of congestion or when marks began it: halve what the window was then.
+ */
+SEC("struct_ops")
+void BPF_PROG(dctcp_set_state, struct sock *sk, __u8 new_state)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+
+	if (new_state == TCP_CA_RECOVERY || new_state == TCP_CA_LOSS) {
+		__u32 half = ca->reduced_from / 2;
+
+		if (!ca->reduction_fresh)
+			return; /* not congestion: the path's MTU shrank */
+		tp->snd_ssthresh = half > MIN_CWND_PKTS ? half : MIN_CWND_PKTS;
+		tp->snd_cwnd_cnt = 0;
+		trace(tp, ca, DCTCP_RECORD_LOSS, 0, 0, tp->snd_ssthresh);
+	} else if (new_state < TCP_CA_CWR) { /* Open or Disorder: the episode is over */
+		ca->reduction_fresh = 0;
+	}
+}
+
+SEC("struct_ops")
+void BPF_PROG(dctcp_cong_avoid, struct sock *sk, __u32 ack, __u32 acked)
+{
+	tcp_reno_cong_avoid(sk, ack, acked);
+}
+
+/* The loss was none (RFC 3522, DSACK): back to the window before it. */
+SEC("struct_ops")
+__u32 BPF_PROG(dctcp_undo_cwnd, struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct dctcp *ca = state_of(tp);
+
+	return tp->snd_cwnd > ca->reduced_from ? tp->snd_cwnd : ca->reduced_from;
+}
+
+SEC(".struct_ops")
+struct tcp_congestion_ops DCTCP_NAME = {
+	.name = QUOTED(DCTCP_NAME),
+	.flags = TCP_CONG_NEEDS_ECN,
+	.init = (void *)dctcp_init,
+	.ssthresh = (void *)dctcp_ssthresh,
+	.cong_avoid = (void *)dctcp_cong_avoid,
+	.set_state = (void *)dctcp_set_state,
+	.cwnd_event = (void *)dctcp_cwnd_event,
+	.in_ack_event = (void *)dctcp_in_ack_event,
+	.undo_cwnd = (void *)dctcp_undo_cwnd,
+};

@@ -1,0 +1,85 @@
+"""The BPF file system: is a folder on one, and mount it where it belongs.
+
+Pins live there and nowhere else. systemd mounts it at /sys/fs/bpf at boot; where nobody has, the agent does.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fabricpilot.errors import KernelError
+
+log = logging.getLogger(__name__)
+
+STANDARD_MOUNT = Path("/sys/fs/bpf")
+_BPF_FS_MAGIC = 0xCAFE4A11
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_bpffs(path: Path) -> bool:
+    """Whether the existing `path` is on a BPF file system."""
+    words = (ctypes.c_long * 32)()  # struct statfs: f_type is its first long on every 64-bit architecture
+    if _libc.statfs(os.fsencode(path), ctypes.byref(words)) != 0:
+        return False
+    return (words[0] & 0xFFFFFFFF) == _BPF_FS_MAGIC
+
+
+def ensure_bpffs(pin_dir: Path) -> None:
+    """Make sure `pin_dir`'s parent exists on a BPF file system; mounts one at /sys/fs/bpf if `pin_dir` is below it.
+
+    Raises:
+        KernelError: it is not on one, with the command that changes that.
+    """
+    parent = pin_dir.parent
+    standard = STANDARD_MOUNT in pin_dir.parents
+    if standard and not is_bpffs(STANDARD_MOUNT):
+        _mount_standard()
+    existing = next(path for path in [parent, *parent.parents] if path.exists())
+    if not is_bpffs(existing):
+        raise KernelError(
+            f"datapath.pin_dir = {pin_dir} is not on a BPF file system; mount one with "
+            f"`mkdir -p {parent} && mount -t bpf bpf {parent}`, or use a folder below {STANDARD_MOUNT}"
+        )
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"cannot make {parent} on the BPF file system: {error.strerror}") from error
+
+
+def _mount_standard() -> None:
+    if private := _netns_exec_name():
+        # `ip netns exec` gives its command a /sys of its own. Pins mounted there would vanish with the command.
+        raise KernelError(
+            f"/sys/fs/bpf is not visible under `ip netns exec {private}`; mount a BPF file system elsewhere "
+            "(`mkdir -p /run/bpf && mount -t bpf bpf /run/bpf` outside) and set datapath.pin_dir below it"
+        )
+    command = f"mount -t bpf bpf {STANDARD_MOUNT}"
+    if not STANDARD_MOUNT.exists():
+        raise KernelError(
+            f"{STANDARD_MOUNT} does not exist: this kernel lacks CONFIG_BPF_SYSCALL, or /sys is not mounted"
+        )
+    if _libc.mount(b"bpf", os.fsencode(STANDARD_MOUNT), b"bpf", 0, None) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise KernelError(
+            f"no BPF file system at {STANDARD_MOUNT} and mounting it failed ({reason}); run `{command}` as root"
+        )
+    log.info("mounted a BPF file system at %s, as nobody had (it stays when the data path is removed)", STANDARD_MOUNT)
+
+
+def _netns_exec_name() -> str | None:
+    """The namespace whose name `ip netns exec` gave as the source of the /sys it mounted, if it did."""
+    with contextlib.suppress(OSError):
+        for mount in _mounts():
+            if mount[4] == "/sys":
+                source = mount[mount.index("-") + 2]
+                return source if (Path("/run/netns") / source).exists() else None
+    return None
+
+
+def _mounts() -> Iterator[list[str]]:
+    """Fields of /proc/self/mountinfo, latest mount first (it hides earlier ones at the same place)."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return (line.split() for line in reversed(lines))

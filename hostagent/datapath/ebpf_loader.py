@@ -1,0 +1,144 @@
+"""The loader child: compiles the egress program with bcc, loads it, pins program and maps, and exits.
+
+Clang takes 120 MB that the agent must not keep, hence a process of its own:
+
+    python -m hostagent.datapath.ebpf_loader PIN_DIR FLOW_ENTRIES     what `load` runs
+    python -m hostagent.datapath.ebpf_loader --check                  only: can bcc be imported?
+
+The folder must exist, be on a bpffs, and be empty. The last line on standard output is a JSON object, {"ok": true, ...}
+or {"ok": false, "error": "one line"}; the compiler's own words go to standard error. On an error the folder is left
+as it was.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from fabricpilot.errors import KernelError
+from hostagent.datapath.source import PROGRAM, STUB_KERNEL_DIR, program_source
+
+PROGRAM_PIN: Final = "egress"
+MAPS: Final = ("flows", "slots", "active", "counters")
+
+_TIMEOUT_S: Final = 60.0
+_DEBIAN_PACKAGES: Final = "/usr/lib/python3/dist-packages"
+_UAPI_DIR: Final = Path("/usr/include")
+
+
+def load(pin_dir: Path, flow_entries: int) -> dict[str, Any]:
+    """Run the loader child on an empty folder; returns what it says of its work (`instructions`, `seconds`).
+
+    Raises:
+        KernelError: whatever kept it from loading, in one line.
+    """
+    return _run_child(str(pin_dir), str(flow_entries))
+
+
+def check_bcc() -> str:
+    """Version of the bcc that the loader child would use.
+
+    Raises:
+        KernelError: it cannot be imported.
+    """
+    return str(_run_child("--check")["bcc"])
+
+
+def _run_child(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-P", "-m", "hostagent.datapath.ebpf_loader", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"loading the BPF program took over {_TIMEOUT_S:.0f} s and was given up") from error
+    with contextlib.suppress(ValueError, IndexError):
+        said: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        if said["ok"]:
+            return said
+        raise KernelError(said["error"] + _first_complaint(child.stderr))
+    raise KernelError(f"the BPF loader died with status {child.returncode}{_first_complaint(child.stderr)}")
+
+
+def _first_complaint(stderr: str) -> str:
+    """The most telling line of what compiler or verifier wrote, for the end of a one-line message."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    telling = next((line for line in lines if "error:" in line), lines[-1] if lines else "")
+    return f" ({telling[:200]})" if telling else ""
+
+
+# --- in the child ----------------------------------------------------------------------------------------------------
+
+
+def _import_bcc() -> Any:
+    os.environ["BCC_KERNEL_SOURCE"] = str(STUB_KERNEL_DIR)
+    if _DEBIAN_PACKAGES not in sys.path:
+        # bcc is pure ctypes, and only Debian packages it: any Python 3 can use that, behind all else it has.
+        sys.path.append(_DEBIAN_PACKAGES)
+    try:
+        import bcc
+    except ImportError as error:
+        raise KernelError(
+            f"bcc cannot be imported ({error}); install the Debian package python3-bpfcc, "
+            "which compiles the data path when it is loaded"
+        ) from error
+    return bcc
+
+
+def _compile_and_pin(pin_dir: Path, flow_entries: int) -> dict[str, Any]:
+    started = time.monotonic()
+    if not (_UAPI_DIR / "linux" / "bpf.h").exists():
+        raise KernelError("/usr/include/linux is missing; install the Debian package linux-libc-dev")
+    bcc = _import_bcc()
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    flags = [f"-I{_UAPI_DIR}", f"-I{_UAPI_DIR / multiarch}", "-Wno-macro-redefined"]
+    try:
+        module = bcc.BPF(text=program_source(flow_entries).encode(), cflags=flags)
+    except Exception as error:  # bcc raises nothing more specific
+        raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
+    try:
+        program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
+    except Exception as error:
+        raise KernelError(f"the kernel refused the BPF program: {error}") from error
+    _pin(pin_dir, {PROGRAM_PIN: program.fd, **{name: module[name.encode()].map_fd for name in MAPS}})
+    return {
+        "ok": True,
+        "instructions": len(module.dump_func(PROGRAM.encode())) // 8,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _pin(pin_dir: Path, objects: dict[str, int]) -> None:
+    from hostagent.datapath.bpf_syscall import obj_pin
+
+    made: list[Path] = []
+    try:
+        for name, fd in objects.items():
+            obj_pin(fd, pin_dir / name)
+            made.append(pin_dir / name)
+    except OSError as error:
+        for path in made:
+            path.unlink()
+        raise KernelError(f"cannot pin the data path in {pin_dir}: {error.strerror}") from error
+
+
+def _main(arguments: list[str]) -> int:
+    try:
+        if arguments == ["--check"]:
+            said = {"ok": True, "bcc": _import_bcc().__version__}
+        else:
+            said = _compile_and_pin(Path(arguments[0]), int(arguments[1]))
+    except KernelError as error:
+        said = {"ok": False, "error": str(error)}
+    print(json.dumps(said), flush=True)
+    return 0 if said["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The structs that kernel and agent share besides the flow table, as numpy dtypes, and their conversion.
+
+`struct settings` is in ebpf/level.h, `struct counters` in ebpf/counters.h; a test compares them through BTF.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from fabricpilot.levels import MAX_LEVELS, Thresholds
+from hostagent.datapath.base import Settings
+
+SETTINGS_DTYPE = np.dtype(
+    [
+        ("thresholds", "<u8", MAX_LEVELS - 1),
+        ("writable_dscp", "<u8"),
+        ("priority", "<u4", MAX_LEVELS),
+        ("dscp", "u1", MAX_LEVELS),
+        ("levels", "u1"),
+        ("pad", "u1", 7),
+    ]
+)
+
+# Why a packet was left alone, in the order of `enum untracked_reason`; its code 0 is no reason.
+UNTRACKED_REASONS = (
+    "",
+    "not_ip",
+    "vlan",
+    "other_protocol",
+    "fragment",
+    "extension_header",
+    "malformed",
+    "unreadable",
+)
+
+# Single counters behind the per-level ones, in the order of `struct counters`.
+SINGLE_COUNTERS = (
+    "foreign_dscp",
+    "untagged",
+    "flows_inserted",
+    "flows_midlife",
+    "flows_restarted",
+    "restarted_bytes",
+    "insert_failed",
+    "write_failed",
+)
+
+COUNTERS_DTYPE = np.dtype(
+    [
+        ("packets", "<u8", MAX_LEVELS),
+        ("bytes", "<u8", MAX_LEVELS),
+        ("untracked", "<u8", len(UNTRACKED_REASONS)),
+        *((name, "<u8") for name in SINGLE_COUNTERS),
+    ]
+)
+
+_NO_THRESHOLD = 2**64 - 1
+_ANY_DSCP = 2**64 - 1
+
+
+def pack_settings(settings: Settings) -> npt.NDArray[np.void]:
+    """`settings` as one SETTINGS_DTYPE record, shape ()."""
+    packed = np.zeros((), SETTINGS_DTYPE)
+    levels = settings.thresholds.levels
+    packed["thresholds"] = _NO_THRESHOLD
+    packed["thresholds"][: levels - 1] = settings.thresholds.bytes
+    packed["priority"][:levels] = settings.priority
+    packed["dscp"][:levels] = settings.dscp
+    packed["levels"] = levels
+    # Unmarked packets and those marked by us before (retransmissions keep the socket's mark, forwarded ones the
+    # sender's) may be marked anew.
+    packed["writable_dscp"] = sum(1 << dscp for dscp in {0, *settings.dscp}) if settings.respect_dscp else _ANY_DSCP
+    return packed
+
+
+def unpack_settings(packed: npt.NDArray[np.void]) -> Settings | None:
+    """Inverse of `pack_settings`; None for a slot that was never filled."""
+    levels = int(packed["levels"])
+    if levels == 0:
+        return None
+    return Settings(
+        thresholds=Thresholds.of(int(t) for t in packed["thresholds"][: levels - 1]),
+        dscp=tuple(int(d) for d in packed["dscp"][:levels]),
+        priority=tuple(int(p) for p in packed["priority"][:levels]),
+        respect_dscp=int(packed["writable_dscp"]) != _ANY_DSCP,
+    )
+
+
+def name_counters(total: npt.NDArray[np.void], levels: int) -> dict[str, int]:
+    """One COUNTERS_DTYPE record, shape (), as a dictionary; per-level counters for the first `levels` levels."""
+    named = {}
+    for level in range(levels):
+        named[f"packets_level_{level}"] = int(total["packets"][level])
+        named[f"bytes_level_{level}"] = int(total["bytes"][level])
+    for code, reason in enumerate(UNTRACKED_REASONS):
+        if reason:
+            named[f"untracked_{reason}"] = int(total["untracked"][code])
+    for name in SINGLE_COUNTERS:
+        named[name] = int(total[name])
+    return named
+
+
+def counter_names(levels: int) -> tuple[str, ...]:
+    """All names that `Datapath.counters` has for K = `levels`."""
+    return (*name_counters(np.zeros((), COUNTERS_DTYPE), levels), *BOOKKEEPING_COUNTERS)
+
+
+# Counted by user space: entries dropped by `forget`, entries that made room for others, and how often the flow
+# table had to be started afresh because a new version's differs.
+BOOKKEEPING_COUNTERS = ("flows_forgotten", "flows_evicted", "fresh_starts")
