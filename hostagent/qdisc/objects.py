@@ -196,7 +196,9 @@ def replayable(obj: TcObject) -> TcObject:
     if obj.options is None:
         return obj
     if obj.kind == "htb" and obj.noun == "qdisc":
-        kept = [(t, v[:16] + bytes(4) if t == _HTB_INIT else v) for t, v in attributes(obj.options)]
+        # Asked for as version 3, shown as 0x30011; direct_pkts is a counter.
+        init = struct.pack("=I", 3)
+        kept = [(t, init + v[4:16] + bytes(4) if t == _HTB_INIT else v) for t, v in attributes(obj.options)]
         return replace(obj, options=b"".join(attribute(t, v) for t, v in kept))
     if obj.noun == "filter" and obj.kind in _FLAGS_ATTRIBUTE:
         kept = []

@@ -111,26 +111,31 @@ def rehearse(ipr: IPRoute, link: Link, original: tuple[TcObject, ...]) -> None:
 def replay(ipr: IPRoute, ifindex: int, original: tuple[TcObject, ...]) -> None:
     """Build `original` on an interface, its root in place of what is there.
 
-    Parents come before children: whatever has none yet waits for the next round.
-
     Raises:
-        NetlinkError: the kernel refused an object for good.
+        NetlinkError: the kernel refused an object.
     """
-    waiting = [replayable(o) for o in original if o.noun != "filter"]
+    for obj in (*parents_first(original), *_filters_in_order(original)):
+        create(ipr, ifindex, replayable(obj))
+
+
+def parents_first(original: tuple[TcObject, ...]) -> list[TcObject]:
+    """Qdiscs and classes in an order in which each finds its parent.
+
+    HTB takes a class whose parent is not there yet for one at the top, without a word. A parent that is nobody's handle
+    is a class that came with its qdisc (a band of prio): the qdisc is what to wait for.
+    """
+    waiting = [o for o in original if o.noun != "filter"]
+    handles = {o.handle for o in waiting}
+    placed = {ROOT}
+    order: list[TcObject] = []
     while waiting:
-        later: list[TcObject] = []
-        refusal: NetlinkError | None = None
-        for obj in waiting:
-            try:
-                create(ipr, ifindex, obj)
-            except NetlinkError as error:
-                refusal = error
-                later.append(obj)
-        if len(later) == len(waiting) and refusal is not None:
-            raise refusal
-        waiting = later
-    for obj in _filters_in_order(original):
-        create(ipr, ifindex, obj)
+        ready = [o for o in waiting if (o.parent if o.parent in handles else _qdisc_of(o.parent)) in placed]
+        if not ready:  # hangs on something that is not shown: the kernel has the last word
+            return order + waiting
+        order += ready
+        placed |= {o.handle for o in ready}
+        waiting = [o for o in waiting if o not in ready]
+    return order
 
 
 def differences(wanted: tuple[TcObject, ...], found: tuple[TcObject, ...]) -> list[str]:
@@ -141,9 +146,13 @@ def differences(wanted: tuple[TcObject, ...], found: tuple[TcObject, ...]) -> li
     )
 
 
+def _qdisc_of(handle: int) -> int:
+    return handle if handle == ROOT else handle & 0xFFFF_0000
+
+
 def _filters_in_order(original: tuple[TcObject, ...]) -> list[TcObject]:
     """Filters so that u32's numbered hash tables come out with the numbers they had; the kernel makes the root ones."""
-    filters = [replayable(o) for o in original if o.noun == "filter"]
+    filters = [o for o in original if o.noun == "filter"]
     root_table = {(o.parent, o.info): o.handle for o in filters if is_u32_root_table(o)}
     ordered = sorted(filters, key=lambda o: root_table.get((o.parent, o.info), 0))
     return [o for o in ordered if not is_u32_root_table(o)]
