@@ -54,7 +54,7 @@ def test_only_the_owner_can_ask(path):
 
 
 def test_nobody_there(path):
-    with pytest.raises(FabricpilotError, match="no daemon answers at .*is it running") as caught:
+    with pytest.raises(FabricpilotError, match=r"no daemon answers at .*is it running") as caught:
         ask(path, "status")
     assert "\n" not in str(caught.value)
 
