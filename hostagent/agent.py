@@ -1,0 +1,231 @@
+"""The agent's loop: read the flow table, report to central, apply what central sends, answer `agent status`.
+
+One thread and one poller; nothing here is on a packet's way. Every interval:
+
+    flows -> observe -> report -> link          (the report is also the heartbeat)
+    finished flows -> datapath.forget
+
+and whenever the link has something: policy -> thresholds -> datapath.apply. The systemd watchdog is fed after a
+successful read of the kernel's maps, so that a hanging agent is restarted; the data path goes on without it.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import zmq
+
+from fabricpilot import __version__, notify
+from fabricpilot.config import AgentConfig
+from fabricpilot.control import ControlServer
+from fabricpilot.levels import Thresholds
+from fabricpilot.wire import FromCentral, Hello, Policy, Refused, Report
+from hostagent.datapath.base import Settings
+from hostagent.lifecycle import Scheduled
+from hostagent.link import HostLink
+from hostagent.observe import Observation, observe
+
+log = logging.getLogger(__name__)
+
+_NS_PER_S = 1_000_000_000
+
+
+class Agent:
+    """The daemon on one server, between its kernel and central."""
+
+    def __init__(self, config: AgentConfig, scheduled: Scheduled, control: ControlServer) -> None:
+        self.config = config
+        self.scheduled = scheduled
+        self.datapath = scheduled.datapath
+        self.settings: Settings = scheduled.settings
+        self.name = host_name(config)
+        self.control = control
+        self.link = HostLink(config.link, self.name, self.hello) if config.link.endpoint else None
+        self.epoch = 0  # of the policy in force; 0: none from central since this agent started
+        self.refused = ""  # why the last policy was not taken, or what central refused
+        self._policy_expiry_s = float("inf")
+        self._sequence = 0
+        self._last_report_ns = time.monotonic_ns()
+        self._last_sent_bytes = sent_bytes(self.datapath.counters())
+        self._read_s = 0.0
+        self._active = 0
+        self._long = 0
+        self._started_at = time.time()
+        self._rng = np.random.default_rng()
+        self._stop = False
+
+    def run(self) -> None:
+        """Run until SIGINT or SIGTERM."""
+        wake_read, wake_write = socket.socketpair()
+        wake_write.setblocking(False)
+        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        poller = zmq.Poller()
+        poller.register(wake_read, zmq.POLLIN)
+        poller.register(self.control.socket, zmq.POLLIN)
+        if self.link is not None:
+            poller.register(self.link.socket, zmq.POLLIN)
+        interval_s = self.config.host.report_interval_s
+        due = time.monotonic() + interval_s
+        notify.ready()
+        try:
+            while not self._stop:
+                poller.poll(max(0, int((due - time.monotonic()) * 1000)))
+                if self.link is not None:
+                    for message in self.link.receive():
+                        self.handle(message)
+                self.control.serve()
+                if time.monotonic() >= due:
+                    self.report()
+                    notify.watchdog()
+                    # Skip the ticks missed while suspended or starved, so that reports never come in bursts.
+                    due = max(due + interval_s, time.monotonic() + interval_s / 2)
+        finally:
+            notify.stopping()
+            signal.set_wakeup_fd(-1)
+            wake_read.close()
+            wake_write.close()
+            if self.link is not None:
+                self.link.close()
+
+    def hello(self) -> Hello:
+        """Who this host is, sent after every connect."""
+        queues = next(iter(self.scheduled.queues.values()))
+        return Hello(
+            host=self.name,
+            group=self.config.host.group,
+            levels=self.settings.thresholds.levels,
+            backend=self.datapath.name,
+            queues=queues.kind,
+            link_rate_bps=self.scheduled.link_rate_bps,
+            epoch=self.epoch,
+            thresholds=list(self.settings.thresholds.bytes),
+            version=__version__,
+        )
+
+    def report(self) -> None:
+        """Read the flow table, forget what finished, tell central."""
+        begin = time.perf_counter()
+        seen = observe(self.datapath.flows(), self.settings.thresholds.bytes[-1], self.config.datapath.idle_timeout_s)
+        counters = self.datapath.counters()
+        self._read_s = time.perf_counter() - begin
+        self._active, self._long = seen.active, len(seen.long)
+        if len(seen.finished):
+            self.datapath.forget(seen.finished_keys)
+        message = self._report_message(seen, counters)
+        if self.link is not None:
+            self.link.send(message)
+
+    def handle(self, message: FromCentral) -> None:
+        """Act on one message from central."""
+        if isinstance(message, Policy):
+            self._handle_policy(message)
+        elif isinstance(message, Refused):
+            self._refuse(f"central refused this host: {message.reason}")
+
+    def status(self) -> dict[str, Any]:
+        """What `fabricpilot agent status` shows."""
+        link: dict[str, Any] = {"endpoint": ""}
+        if self.link is not None:
+            link = {
+                "endpoint": self.config.link.endpoint,
+                "connected": self.link.connected,
+                "trouble": self.link.trouble,
+                "counters": dict(self.link.counters),
+            }
+        return {
+            "host": self.name,
+            "group": self.config.host.group,
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - self._started_at, 1),
+            "datapath": {
+                "backend": self.datapath.name,
+                "interfaces": self.datapath.attached(),
+                "adopted": self.scheduled.adopted,
+                "thresholds": list(self.settings.thresholds.bytes),
+                "dscp": list(self.settings.dscp),
+                "active_flows": self._active,
+                "long_flows": self._long,
+                "read_s": round(self._read_s, 6),
+                "counters": self.datapath.counters(),
+            },
+            "queues": {name: {"kind": plan.kind, "why": plan.why} for name, plan in self.scheduled.queues.items()},
+            "policy": {
+                "epoch": self.epoch,
+                "stale": self._stale(),
+                "refused": self.refused,
+            },
+            "link": link,
+        }
+
+    def _report_message(self, seen: Observation, counters: dict[str, int]) -> Report:
+        now_ns = time.monotonic_ns()
+        sent = sent_bytes(counters)
+        self._sequence += 1
+        message = Report(
+            host=self.name,
+            sequence=self._sequence,
+            interval_ns=max(1, now_ns - self._last_report_ns),
+            epoch=self.epoch,
+            sent_bytes=max(0, sent - self._last_sent_bytes),
+            sizes=seen.sizes().sparse(),
+            durations=seen.durations().sparse(),
+            finished=seen.finished_count(),
+            finished_sample=seen.finished_sample(self._rng),
+            long=len(seen.long),
+            long_flows=seen.long_flows(),
+            active=seen.active,
+            counters=counters,
+        )
+        self._last_report_ns, self._last_sent_bytes = now_ns, sent
+        return message
+
+    def _handle_policy(self, policy: Policy) -> None:
+        if policy.epoch < self.epoch:
+            return
+        self._policy_expiry_s = policy.expiry_s
+        if policy.epoch == self.epoch:
+            return
+        thresholds = Thresholds.of(policy.thresholds)  # a `Policy` holds valid ones, or it had not been decoded
+        if thresholds.levels != self.settings.thresholds.levels:
+            self._refuse(
+                f"policy {policy.epoch} is for {thresholds.levels} levels, "
+                f"this host has {self.settings.thresholds.levels}"
+            )
+            return
+        self.epoch = policy.epoch
+        self.refused = ""
+        if thresholds != self.settings.thresholds:
+            self.settings = replace(self.settings, thresholds=thresholds)
+            self.datapath.apply(self.settings)
+            log.info("policy %d: thresholds %s (%s)", policy.epoch, list(thresholds.bytes), policy.reason)
+
+    def _stale(self) -> bool:
+        """Whether central has been silent for longer than its policy is meant to last. The policy is kept."""
+        silent_s = self.link.silent_s if self.link is not None else None
+        return silent_s is not None and silent_s > self._policy_expiry_s
+
+    def _refuse(self, why: str) -> None:
+        if why != self.refused:  # log what changes, not what repeats
+            log.warning("%s", why)
+        self.refused = why
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stop = True
+
+
+def host_name(config: AgentConfig) -> str:
+    """The name of this host towards central."""
+    return config.host.name or socket.gethostname()
+
+
+def sent_bytes(counters: dict[str, int]) -> int:
+    """Payload bytes sent by all tracked flows so far, from the data path's counters."""
+    return sum(value for name, value in counters.items() if name.startswith("bytes_level_"))

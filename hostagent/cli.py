@@ -1,0 +1,260 @@
+"""`fabricpilot agent ...`: the commands of the daemon on each server."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fabricpilot.config import AgentConfig
+from fabricpilot.errors import FabricpilotError, KernelError
+from fabricpilot.options import config_options, json_option, load_config, print_json
+
+DEFAULT_CONFIG = "/etc/fabricpilot/agent.toml"
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+# Flags for the keys people set by hand, beside --set for all of them.
+_FLAGS = {
+    "interface": "host.interfaces",
+    "levels": "datapath.levels",
+    "thresholds": "datapath.thresholds",
+    "backend": "datapath.backend",
+    "pin_dir": "datapath.pin_dir",
+    "queues": "queues.kind",
+    "link_rate": "queues.link_rate",
+    "central": "link.endpoint",
+    "insecure": "link.insecure",
+    "detach_on_exit": "host.detach_on_exit",
+}
+
+
+@click.group()
+def agent() -> None:
+    """Schedule this server's flows: count, tag and prioritise them in the kernel."""
+
+
+def agent_options(command: CommandT) -> CommandT:
+    """The options that say which NICs and which data path a command is about."""
+    for option in (
+        click.option("--pin-dir", metavar="DIR", help="Where programs and maps are pinned (in a bpffs)."),
+        click.option("--backend", metavar="NAME", help="Data path: auto, ebpf or fake."),
+        click.option(
+            "-i", "--interface", multiple=True, metavar="NAME", help="NIC to schedule; may be given several times."
+        ),
+    ):
+        command = option(command)
+    return config_options(DEFAULT_CONFIG)(command)
+
+
+@agent.command()
+@agent_options
+@click.option("--levels", type=int, help="Number of priority levels, 2 to 8.")
+@click.option("--thresholds", metavar="BYTES,...", help="One ascending byte count fewer than levels.")
+@click.option("--queues", metavar="KIND", help="Strict bands on the NIC: auto, prio, htb, pfifo_fast or none.")
+@click.option("--link-rate", metavar="RATE", help="Rate of the NIC where htb needs it, for example 10Gbit.")
+@click.option("--central", metavar="ENDPOINT", help="Where central listens, for example tcp://10.0.0.1:5555.")
+@click.option("--insecure", is_flag=True, default=None, help="No encryption towards central; on loopback only.")
+@click.option("--detach-on-exit", is_flag=True, default=None, help="Remove the data path when the agent stops.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and change nothing.")
+def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+    """Attach (or adopt) the data path and report to central until stopped.
+
+    Ctrl-C and SIGTERM leave the data path tagging, unless --detach-on-exit is given.
+    """
+    config = _config(config_path, settings, flags)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _need_root(config)
+    from fabricpilot.control import ControlServer
+    from pyroute2 import IPRoute
+
+    from hostagent.agent import Agent
+    from hostagent.lifecycle import bring_up, plan_all, take_down
+
+    with IPRoute() as ipr:
+        if dry_run:
+            for name, plan in plan_all(config, ipr).items():
+                click.echo(f"# {name}: data path {config.datapath.backend}, pinned in {config.datapath.pin_dir}")
+                click.echo(f"# {name}: queues {plan.kind}: {plan.why}")
+                for line in plan.commands(name):
+                    click.echo(line)
+            click.echo(f"# thresholds {list(config.thresholds.bytes)}, dscp {list(config.dscp)}")
+            return
+        # The socket first: it is what keeps two agents from working on one data path.
+        with ControlServer(_control_socket(config)) as control:
+            scheduled = bring_up(config, ipr)
+            try:
+                running = Agent(config, scheduled, control)
+                control.answer = lambda _request: running.status()
+                running.run()
+            finally:
+                scheduled.datapath.close()
+            if config.host.detach_on_exit:
+                for line in take_down(config, ipr):
+                    logging.getLogger("hostagent").info("%s", line)
+
+
+@agent.command()
+@agent_options
+@json_option
+def check(config_path: Path | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Say what this kernel supports and what is missing; exit 3 if the agent cannot run here."""
+    config = _config(config_path, settings, flags)
+    from hostagent.support import probe
+
+    findings = probe(config.datapath)
+    missing = [finding for finding in findings if finding.required and not finding.ok]
+    if as_json:
+        print_json(
+            {
+                "can_run": not missing,
+                "findings": [
+                    {"id": f.id, "what": f.what, "ok": f.ok, "required": f.required, "why": f.why} for f in findings
+                ],
+            }
+        )
+    else:
+        for finding in findings:
+            mark = "ok     " if finding.ok else "MISSING" if finding.required else "absent "
+            click.echo(f"{mark} {finding.what}" + (f": {finding.why}" if finding.why else ""))
+    if missing:
+        raise KernelError("the agent cannot run here: " + "; ".join(f"{f.what}: {f.why}" for f in missing))
+
+
+@agent.command()
+@agent_options
+@json_option
+def status(config_path: Path | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Show the running agent, or the data path that goes on without one."""
+    config = _config(config_path, settings, flags)
+    from fabricpilot.control import ask
+
+    try:
+        told = {"agent": "running", **ask(_control_socket(config), "status", timeout_s=2.0)}
+    except FabricpilotError:
+        told = {"agent": "not running", "datapath": _kernel_status(config)}
+    if as_json:
+        print_json(told)
+    else:
+        _show(told)
+
+
+@agent.command()
+@agent_options
+@click.option("--top", default=20, show_default=True, type=click.IntRange(1), help="How many flows to show.")
+@json_option
+def dump(config_path: Path | None, settings: tuple[str, ...], top: int, as_json: bool, **flags: Any) -> None:
+    """List the flows that have sent most, straight from the kernel's table."""
+    config = _config(config_path, settings, flags)
+    _need_root(config)
+    import msgspec
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from hostagent.datapath import open_datapath
+    from hostagent.observe import summary
+
+    datapath = open_datapath(config.datapath)
+    try:
+        if not datapath.attached():
+            raise FabricpilotError("no data path is attached here; start one with `fabricpilot agent run`")
+        table = datapath.flows()
+    finally:
+        datapath.close()
+    order = np.argsort(table.states["attained_bytes"], kind="stable")[::-1][:top]
+    flows = [summary(table, row) for row in order]
+    if as_json:
+        fields = flows[0].__struct_fields__ if flows else ()
+        listed = [{name: getattr(flow, name) for name in fields} for flow in flows]
+        print_json({"active": len(table), "flows": msgspec.to_builtins(listed)})
+        return
+    shown = Table(
+        "source", "destination", "protocol", "bytes", "ms", "level", title=f"{len(flows)} of {len(table)} flows"
+    )
+    for flow in flows:
+        shown.add_row(
+            f"{flow.source}:{flow.source_port}",
+            f"{flow.destination}:{flow.destination_port}",
+            {6: "tcp", 17: "udp"}.get(flow.protocol, str(flow.protocol)),
+            f"{flow.size_bytes:,}",
+            f"{flow.duration_us / 1000:,.1f}",
+            str(flow.level),
+        )
+    Console().print(shown)
+
+
+@agent.command()
+@agent_options
+@click.option("--dry-run", is_flag=True, help="Say what would be removed and change nothing.")
+def detach(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+    """Remove every trace of the data path and put the NICs' queues back as they were."""
+    config = _config(config_path, settings, flags)
+    _need_root(config)
+    from fabricpilot.control import ask
+    from pyroute2 import IPRoute
+
+    from hostagent.lifecycle import take_down
+
+    try:
+        pid = ask(_control_socket(config), "status", timeout_s=2.0).get("pid")
+    except FabricpilotError:
+        pid = None
+    if pid is not None:
+        raise FabricpilotError(f"an agent (pid {pid}) is running on this data path; stop it first")
+    if dry_run:
+        found = _kernel_status(config)
+        click.echo(f"would remove the {found['backend']} data path from: {', '.join(found['interfaces']) or 'nothing'}")
+        return
+    with IPRoute() as ipr:
+        for line in take_down(config, ipr) or ["nothing was attached"]:
+            click.echo(line)
+
+
+def _config(config_path: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> AgentConfig:
+    overrides = {_FLAGS[name]: list(value) if name == "interface" else value for name, value in flags.items()}
+    if not overrides.get("host.interfaces"):
+        overrides.pop("host.interfaces", None)
+    return load_config(AgentConfig, DEFAULT_CONFIG, config_path, settings, overrides)
+
+
+def _control_socket(config: AgentConfig) -> Path:
+    return Path(config.host.run_dir) / "agent.sock"
+
+
+def _need_root(config: AgentConfig) -> None:
+    if config.datapath.backend != "fake" and os.geteuid() != 0:
+        raise KernelError(
+            "this needs root (capabilities BPF, NET_ADMIN and PERFMON); run it with sudo or as the service"
+        )
+
+
+def _kernel_status(config: AgentConfig) -> dict[str, Any]:
+    _need_root(config)
+    from hostagent.datapath import open_datapath
+
+    datapath = open_datapath(config.datapath)
+    try:
+        settings = datapath.settings()
+        return {
+            "backend": datapath.name,
+            "interfaces": datapath.attached(),
+            "thresholds": list(settings.thresholds.bytes) if settings else [],
+            "dscp": list(settings.dscp) if settings else [],
+            "counters": datapath.counters() if settings else {},
+        }
+    finally:
+        datapath.close()
+
+
+def _show(told: dict[str, Any], indent: str = "") -> None:
+    """A nested dictionary as indented lines."""
+    for key, value in told.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{key}:")
+            _show(value, indent + "  ")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            click.echo(f"{indent}{key}: {shown}")
