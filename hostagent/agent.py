@@ -36,16 +36,25 @@ _NS_PER_S = 1_000_000_000
 
 
 class Agent:
-    """The daemon on one server, between its kernel and central."""
+    """The daemon on one server, between its kernel and central.
 
-    def __init__(self, config: AgentConfig, scheduled: Scheduled, control: ControlServer) -> None:
+    Args:
+        config: of this host.
+        scheduled: its NICs, brought up.
+        control: answers `agent status`.
+        link: to central; None runs alone. Whoever made it closes it.
+    """
+
+    def __init__(
+        self, config: AgentConfig, scheduled: Scheduled, control: ControlServer, link: HostLink | None
+    ) -> None:
         self.config = config
         self.scheduled = scheduled
         self.datapath = scheduled.datapath
         self.settings: Settings = scheduled.settings
         self.name = host_name(config)
         self.control = control
-        self.link = HostLink(config.link, self.name, self.hello) if config.link.endpoint else None
+        self.link = link
         self.epoch = 0  # of the policy in force; 0: none from central since this agent started
         self.refused = ""  # why the last policy was not taken, or what central refused
         self._policy_expiry_s = float("inf")
@@ -91,8 +100,6 @@ class Agent:
             signal.set_wakeup_fd(-1)
             wake_read.close()
             wake_write.close()
-            if self.link is not None:
-                self.link.close()
 
     def hello(self) -> Hello:
         """Who this host is, sent after every connect."""

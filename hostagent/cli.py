@@ -1,5 +1,6 @@
 """`fabricpilot agent ...`: the commands of the daemon on each server."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -67,11 +68,12 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
     config = _config(config_path, settings, flags)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _need_root(config)
-    from fabricpilot.control import ControlServer
     from pyroute2 import IPRoute
 
-    from hostagent.agent import Agent
+    from fabricpilot.control import ControlServer
+    from hostagent.agent import Agent, host_name
     from hostagent.lifecycle import bring_up, plan_all, take_down
+    from hostagent.link import HostLink
 
     with IPRoute() as ipr:
         if dry_run:
@@ -82,15 +84,18 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
                     click.echo(line)
             click.echo(f"# thresholds {list(config.thresholds.bytes)}, dscp {list(config.dscp)}")
             return
-        # The socket first: it is what keeps two agents from working on one data path.
-        with ControlServer(_control_socket(config)) as control:
+        with contextlib.ExitStack() as stack:
+            # Before anything changes in the kernel: the control socket, which keeps two agents from working on one
+            # data path, and the link, which finds out whether keys and endpoint are right and says hello later.
+            control = stack.enter_context(ControlServer(_control_socket(config)))
+            link = HostLink(config.link, host_name(config), lambda: running.hello()) if config.link.endpoint else None
+            if link is not None:
+                stack.callback(link.close)
             scheduled = bring_up(config, ipr)
-            try:
-                running = Agent(config, scheduled, control)
-                control.answer = lambda _request: running.status()
-                running.run()
-            finally:
-                scheduled.datapath.close()
+            stack.callback(scheduled.datapath.close)
+            running = Agent(config, scheduled, control, link)
+            control.answer = lambda _request: running.status()
+            running.run()
             if config.host.detach_on_exit:
                 for line in take_down(config, ipr):
                     logging.getLogger("hostagent").info("%s", line)
@@ -193,9 +198,9 @@ def detach(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, *
     """Remove every trace of the data path and put the NICs' queues back as they were."""
     config = _config(config_path, settings, flags)
     _need_root(config)
-    from fabricpilot.control import ask
     from pyroute2 import IPRoute
 
+    from fabricpilot.control import ask
     from hostagent.lifecycle import take_down
 
     try:

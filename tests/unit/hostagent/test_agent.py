@@ -38,7 +38,7 @@ def agent(tmp_path):
         datapath, {"eth0": make_plan("none", frozenset(), 4)}, settings, adopted=False, link_rate_bps=10**9
     )
     with ControlServer(tmp_path / "agent.sock") as control:
-        yield Agent(config, scheduled, control)
+        yield Agent(config, scheduled, control, link=None)
 
 
 class Sent:
