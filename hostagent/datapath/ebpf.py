@@ -2,8 +2,8 @@
 
 Opening adopts whatever an earlier agent has left: flow table, settings and counters go on. Nothing is loaded before
 `attach` or `apply` needs it, so looking (`attached`, `flows`, `counters`) never changes the kernel. A data path of
-another version (its fingerprint differs) can be detached but not read; `attach` puts a fresh one in its place, filter by
-filter, and counts that as a fresh start: flows known until then are of unknown age, and `apply` must follow.
+another version (its fingerprint differs) can be detached but not read; `attach` puts a fresh one in its place, filter
+by filter, and counts that as a fresh start: flows known until then are of unknown age, and `apply` must follow.
 
 bcc runs in a child (ebpf_loader.py); this module uses bpf(2) and netlink only.
 """

@@ -1,0 +1,25 @@
+"""Makes tests/ importable (datapath_kit), and lends unit and kernel tests one loaded data path."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _loaded_datapath(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from datapath_kit import KernelSender, bpf_file_system
+
+    with bpf_file_system(tmp_path_factory.mktemp("bpf")) as root:
+        kernel = KernelSender(root / "fabricpilot")
+        try:
+            yield kernel
+        finally:
+            kernel.close()
+
+
+@pytest.fixture
+def kernel_sender(_loaded_datapath: Any) -> Any:
+    """The egress program, loaded once per session and attached nowhere; no flow, counters at 0, no settings."""
+    _loaded_datapath.reset()
+    return _loaded_datapath

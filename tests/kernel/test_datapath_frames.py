@@ -1,0 +1,265 @@
+"""Every parse path on frames that scapy builds: what is tracked, what is left alone and why, and what is rewritten."""
+
+import random
+import struct
+
+import pytest
+from datapath_kit import TC_ACT_UNSPEC, Left, flow_key, ones_complement_sum
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP, IPOption_Timestamp
+from scapy.layers.inet6 import (
+    ICMPv6EchoRequest,
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+    IPv6ExtHdrRouting,
+)
+from scapy.layers.ipsec import AH, ESP
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+
+from fabricpilot.levels import Thresholds
+from hostagent.datapath.base import Settings
+from hostagent.datapath.layout import UNTRACKED_REASONS
+
+SETTINGS = Settings(Thresholds((1000, 5000, 20000)), (32, 24, 16, 8), (11, 12, 13, 14))
+ETHER = Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01")
+IP4, IP6 = IP(src="10.0.0.1", dst="10.0.0.2"), IPv6(src="2001:db8::1", dst="2001:db8::2")
+TCP_ACK, UDP_53 = TCP(sport=40000, dport=80, flags="A"), UDP(sport=40000, dport=53)
+DATA = Raw(b"x" * 100)
+
+
+@pytest.fixture
+def sender(kernel_sender):
+    kernel_sender.datapath.apply(SETTINGS)
+    return kernel_sender
+
+
+def untracked(sender) -> dict[str, int]:
+    """Reasons that were counted."""
+    counters = sender.datapath.counters()
+    return {reason: count for reason in UNTRACKED_REASONS[1:] if (count := counters[f"untracked_{reason}"])}
+
+
+def assert_only_mark_changed(before: bytes, left: Left) -> None:
+    """The frame differs in DSCP and IPv4 header checksum at most, and that checksum is right if it was before."""
+    after = left.frame
+    assert left.verdict == TC_ACT_UNSPEC
+    assert len(after) == len(before)
+    may_differ = {15: 0xFC, 24: 0xFF, 25: 0xFF} if before[14] >> 4 == 4 else {14: 0x0F, 15: 0xC0}
+    for offset, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert (old ^ new) & ~may_differ.get(offset, 0) & 0xFF == 0, f"byte {offset}: {old:#x} -> {new:#x}"
+    if before[14] >> 4 == 4:
+        header = slice(14, 14 + (before[14] & 0xF) * 4)
+        if ones_complement_sum(before[header]) == 0xFFFF:
+            assert ones_complement_sum(after[header]) == 0xFFFF
+
+
+def shortest(frame: bytes | bytearray) -> int:
+    """The shortest frame of this type that BPF_PROG_TEST_RUN takes; shorter ones: test_datapath_traffic.py."""
+    return {b"\x08\x00": 34, b"\x86\xdd": 54}.get(bytes(frame[12:14]), 14)
+
+
+LEFT_ALONE = {
+    "ARP": (ETHER / ARP(), "not_ip"),
+    "unknown ethertype": (Ether(type=0x88CC) / Raw(bytes(60)), "not_ip"),
+    "VLAN": (ETHER / Dot1Q(vlan=5) / IP4 / TCP_ACK / DATA, "vlan"),
+    "QinQ": (ETHER / Dot1AD(vlan=5) / Dot1Q(vlan=6) / IP4 / TCP_ACK / DATA, "vlan"),
+    "ICMP": (ETHER / IP4 / ICMP() / DATA, "other_protocol"),
+    "ICMPv6": (ETHER / IP6 / ICMPv6EchoRequest() / DATA, "other_protocol"),
+    "first fragment": (ETHER / IP(src="10.0.0.1", dst="10.0.0.2", flags="MF") / UDP_53 / DATA, "fragment"),
+    "later fragment": (ETHER / IP(src="10.0.0.1", dst="10.0.0.2", frag=185, proto=17) / DATA, "fragment"),
+    "IPv6 fragment": (ETHER / IP6 / IPv6ExtHdrFragment(m=1) / UDP_53 / DATA, "fragment"),
+    "hop-by-hop": (ETHER / IP6 / IPv6ExtHdrHopByHop() / TCP_ACK / DATA, "extension_header"),
+    "routing": (ETHER / IP6 / IPv6ExtHdrRouting() / TCP_ACK / DATA, "extension_header"),
+    "destination options": (ETHER / IP6 / IPv6ExtHdrDestOpt() / TCP_ACK / DATA, "extension_header"),
+    "authentication header": (ETHER / IP6 / AH(nh=6) / DATA, "extension_header"),
+    "ESP": (ETHER / IP6 / ESP() / DATA, "extension_header"),
+    "IP version 5": (ETHER / IP(version=5, src="10.0.0.1", dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
+    "IPv6 ethertype, version 4": (Ether(type=0x86DD) / IP4 / TCP_ACK / DATA, "malformed"),
+    "IPv4 header of 16 bytes": (ETHER / IP(ihl=4, src="10.0.0.1", dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
+    "TCP header of 16 bytes": (ETHER / IP4 / TCP(dataofs=4) / DATA, "malformed"),
+    "IPv4 length below its header": (ETHER / IP(len=10, dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
+    "IPv4 length below TCP's header": (ETHER / IP(len=30, dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
+    "IPv4 length beyond the frame": (ETHER / IP(len=1000, dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
+    "IPv6 length beyond the frame": (ETHER / IPv6(plen=1000) / TCP_ACK / DATA, "malformed"),
+    "IPv6 length 0": (ETHER / IPv6(plen=0) / UDP_53 / DATA, "malformed"),
+}
+
+
+@pytest.mark.parametrize(("packet", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone_and_counted(sender, packet: Packet, reason):
+    frame = bytes(packet)
+    left = sender.run(frame)
+    assert (left.frame, left.priority, left.verdict) == (frame, None, TC_ACT_UNSPEC)
+    assert untracked(sender) == {reason: 1}
+    assert len(sender.datapath.flows()) == 0
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        ETHER / IP4 / TCP_ACK / DATA,
+        ETHER / IP6 / TCP_ACK / DATA,
+        ETHER / IP4 / UDP_53 / DATA,
+        ETHER / IP6 / UDP_53 / DATA,
+    ],
+    ids=["tcp4", "tcp6", "udp4", "udp6"],
+)
+def test_truncated_at_every_byte(sender, packet):
+    frame = bytes(packet)
+    lengths = range(shortest(frame), len(frame))
+    for length in lengths:
+        left = sender.run(frame[:length])
+        assert (left.frame, left.priority) == (frame[:length], None), length
+    assert untracked(sender) == {"malformed": len(lengths)}
+    sender.run(frame)
+    assert len(sender.datapath.flows()) == 1
+
+
+@pytest.mark.parametrize(
+    "packet",
+    {
+        "IPv4 options": ETHER / IP(src="10.0.0.1", dst="10.0.0.2", options=[IPOption_NOP()] * 4) / TCP_ACK / DATA,
+        "longest IPv4 header": ETHER
+        / IP(src="10.0.0.1", dst="10.0.0.2", options=[IPOption_Timestamp(length=40), *[IPOption_NOP()] * 0])
+        / TCP_ACK
+        / DATA,
+        "TCP options": ETHER
+        / IP4
+        / TCP(sport=40000, dport=80, flags="PA", options=[("NOP", None), ("NOP", None), ("Timestamp", (1, 2))])
+        / DATA,
+        "longest TCP header": ETHER / IP4 / TCP(sport=40000, dport=80, options=[("NOP", None)] * 40) / DATA,
+        "don't fragment": ETHER / IP(src="10.0.0.1", dst="10.0.0.2", flags="DF") / TCP_ACK / DATA,
+        "padded frame": ETHER / IP4 / TCP_ACK / DATA / Raw(b""),
+        "IPv6 flow label": ETHER / IPv6(src="2001:db8::1", dst="2001:db8::2", fl=0xABCDE) / TCP_ACK / DATA,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_payload_is_what_is_behind_the_headers(sender, packet):
+    frame = bytes(packet[1])
+    if packet[0] == "padded frame":
+        frame += bytes(30)  # behind what the IP header says: no payload
+    assert_only_mark_changed(frame, sender.run(frame))
+    assert sender.datapath.flows().states["attained_bytes"].tolist() == [100]
+    assert untracked(sender) == {}
+
+
+def test_key_is_the_five_tuple(sender):
+    sender.run(bytes(ETHER / IP4 / TCP_ACK / DATA))
+    sender.run(bytes(ETHER / IP6 / UDP_53 / DATA))
+    read = {key.tobytes() for key in sender.datapath.flows().keys}
+    assert read == {
+        flow_key("10.0.0.1", "10.0.0.2", 40000, 80, 6).tobytes(),
+        flow_key("2001:db8::1", "2001:db8::2", 40000, 53, 17).tobytes(),
+    }
+
+
+@pytest.mark.parametrize("ecn", range(4))
+@pytest.mark.parametrize("version", [4, 6])
+def test_ecn_bits_stay(sender, ecn, version):
+    for dscp in (0, 8, 16, 24, 32):
+        head = (
+            IP(src="10.0.0.1", dst="10.0.0.2", tos=dscp << 2 | ecn)
+            if version == 4
+            else IPv6(src="2001:db8::1", dst="2001:db8::2", tc=dscp << 2 | ecn)
+        )
+        frame = bytes(ETHER / head / TCP(flags="S"))
+        left = sender.run(frame)
+        assert left.traffic_class == 32 << 2 | ecn
+        assert_only_mark_changed(frame, left)
+
+
+def test_checksum_is_right_for_every_mark_and_content(sender):
+    rng = random.Random(1)
+    for _ in range(300):
+        ip = IP(
+            src=f"10.{rng.randrange(256)}.{rng.randrange(256)}.1",
+            dst="10.0.0.2",
+            id=rng.randrange(65536),
+            ttl=rng.randrange(1, 256),
+            tos=rng.choice([0, 8, 16, 24, 32]) << 2 | rng.randrange(4),
+        )
+        frame = bytes(ETHER / ip / UDP(sport=rng.randrange(1, 65536)) / Raw(bytes(rng.randrange(1, 1400))))
+        left = sender.run(frame)
+        assert left.dscp == 32
+        assert_only_mark_changed(frame, left)
+
+
+def test_checksum_that_was_wrong_stays_wrong(sender):
+    frame = bytearray(bytes(ETHER / IP4 / UDP_53 / DATA))
+    frame[24] ^= 0x5A
+    left = sender.run(bytes(frame))
+    before, after = (ones_complement_sum(f[14:34]) for f in (bytes(frame), left.frame))
+    assert left.dscp == 32
+    assert before == after != 0xFFFF
+
+
+def test_gso_beyond_64_kb_has_no_ip_length(sender):
+    frame = bytearray(bytes(ETHER / IP4 / TCP_ACK / Raw(bytes(2000))))
+    struct.pack_into("!H", frame, 16, 0)
+    sender.run(bytes(frame), gso_size=1000, gso_segs=2)
+    frame6 = bytearray(bytes(ETHER / IP6 / TCP_ACK / Raw(bytes(2000))))
+    struct.pack_into("!H", frame6, 18, 0)
+    sender.run(bytes(frame6), gso_size=1000, gso_segs=2)
+    assert sender.datapath.flows().states["attained_bytes"].tolist() == [2000, 2000]
+
+
+def test_before_settings_packets_are_counted_and_left_alone(kernel_sender):
+    frame = bytes(ETHER / IP4 / TCP(flags="S"))
+    left = kernel_sender.run(frame)
+    assert (left.frame, left.priority) == (frame, None)
+    assert kernel_sender.datapath.counters()["untagged"] == 1
+    assert len(kernel_sender.datapath.flows()) == 1
+
+
+MUTATED = st.tuples(
+    st.sampled_from(
+        [bytes(packet) for packet, _ in LEFT_ALONE.values()]
+        + [bytes(ETHER / ip / l4 / DATA) for ip in (IP4, IP6) for l4 in (TCP_ACK, UDP_53)]
+    ),
+    st.lists(st.tuples(st.integers(12, 90), st.integers(0, 255)), max_size=6),  # bytes to overwrite
+    st.integers(14, 200),  # length to cut at
+    st.sampled_from([(0, 0), (0, 0), (1000, 2)]),  # GSO size and segments
+)
+
+
+def check_any_frame(sender, case) -> None:
+    """Whatever the frame: it leaves, marked or untouched, and is counted exactly once."""
+    frame, changes, length, (gso_size, gso_segs) = case
+    mutated = bytearray(frame)
+    for offset, value in changes:
+        if offset < len(mutated):
+            mutated[offset] = value
+    given_frame = bytes(mutated[: max(length, shortest(mutated))])
+    if len(given_frame) < shortest(given_frame):
+        return
+    before = sender.datapath.counters()
+    left = sender.run(given_frame, gso_size, gso_segs)
+    after = sender.datapath.counters()
+    moved = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    alone = [name for name in moved if name.startswith(("untracked_", "foreign_dscp"))]
+    tagged = [name for name in moved if name.startswith("packets_level_")]
+    assert len(alone) + len(tagged) == 1, moved
+    assert moved[(alone + tagged)[0]] == (gso_segs or 1)
+    if alone:
+        assert (left.frame, left.priority, left.verdict) == (given_frame, None, TC_ACT_UNSPEC)
+    else:
+        assert left.dscp == SETTINGS.dscp[int(tagged[0][-1])]
+        assert_only_mark_changed(given_frame, left)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=MUTATED)
+def test_any_frame(sender, case):
+    check_any_frame(sender, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=100_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=MUTATED)
+@pytest.mark.timeout(1200)
+def test_any_frame_many(sender, case):
+    check_any_frame(sender, case)
