@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from central.thresholds.grid import best_path
 from central.thresholds.integrals import SizeIntegrals, Weight
 from central.thresholds.mlps import Criterion, first_level_cost, level_costs, response_in_levels
 from central.thresholds.optimum import Optimum, ascending, check_load, check_objective
@@ -128,9 +129,7 @@ class _Problem:
 
     def best_on_grid(self, levels: int) -> Floats:
         """Best bounds between at most `levels` levels, on a logarithmic grid over all sizes; shape (up to K-1,)."""
-        largest = self.sizes.largest
-        low = min(max(self.sizes.smallest / 2, 1 / self.sizes.unit_bytes), largest / 2)
-        grid = np.geomspace(low, largest, _GRID)
+        grid = self.sizes.grid(_GRID)
         lower, upper = np.triu_indices(_GRID, 1)
         apart = (grid[upper] >= grid[lower] * _LEAST_RATIO) | (upper == _GRID - 1)
         lower, upper = lower[apart], upper[apart]
@@ -139,24 +138,11 @@ class _Problem:
             self.sizes, self.load, grid[lower], grid[upper], self.criterion, _GRID_CELLS
         )
         best = first_level_cost(self.sizes, self.load, grid, self.criterion)  # of levels up to each grid size
-        fewest, came_from = [best], []
-        for _ in range(levels - 1):
-            through = fewest[-1][:, None] + between
-            came_from.append(through.argmin(axis=0))
-            fewest.append(through.min(axis=0))
-        used = int(np.argmin([cost[-1] for cost in fewest]))
-        chosen, at = [], _GRID - 1
-        for step in reversed(came_from[:used]):
-            at = int(step[at])
-            chosen.append(grid[at])
-        return np.array(chosen[::-1])
+        return grid[best_path(best, between, levels)]
 
     def zoom(self, bounds: Floats) -> Floats:
         """The same on finer and finer grids around each bound."""
-        low = 1 / self.sizes.unit_bytes
-        ratio = (self.sizes.largest / min(max(self.sizes.smallest / 2, low), self.sizes.largest / 2)) ** (
-            1 / (_GRID - 1)
-        )
+        low, ratio = 1 / self.sizes.unit_bytes, self.sizes.grid_ratio(_GRID)
         for _ in range(_ZOOM_ROUNDS if len(bounds) else 0):
             around = bounds[:, None] * ratio ** np.linspace(-1, 1, _ZOOM)
             bounds = self._best_chain(np.clip(around, low, self.sizes.largest))

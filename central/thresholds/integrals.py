@@ -7,6 +7,7 @@ them is a polynomial (or a logarithm), so all are exact, atoms included: tabulat
 Sizes are in units of the mean flow size, so that the arrival rate equals the load and no number is far from 1.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,32 @@ class SizeIntegrals:
         """Infimum of the sizes that occur; 0 where they go down to 0."""
         reached = int(np.argmax(self._survival < 1.0))
         return float(self.points[max(reached - 1, 0) if self._slope[reached - 1] < 0 else reached])
+
+    def grid_ratio(self, n: int) -> float:
+        """Factor between two neighbours of `grid` before they are moved."""
+        return float((self.largest / self._lowest) ** (1 / (n - 1)))
+
+    def grid(self, n: int) -> Floats:
+        """`n` sizes to try as thresholds, ascending, the last one the largest size.
+
+        Log-spaced, but each (save the ends) moved to the strongest bend of the CDF that is nearer to it than to its
+        neighbours: the best thresholds often stand just at one, and the cost rises steeply on both sides.
+        """
+        even = np.geomspace(self._lowest, self.largest, n)
+        density = -self._slope
+        bend = np.abs(np.diff(density)) * self.points[1:]  # flows per unit of log size
+        bend += self._atom[1:] * n  # an atom is the strongest bend of all
+        half = math.sqrt(self.grid_ratio(n))
+        owner = np.searchsorted(even * half, self.points[1:], side="left")
+        for at in np.argsort(bend):  # the strongest comes last
+            if 0 < owner[at] < n - 1:
+                even[owner[at]] = self.points[1 + at]
+        return even
+
+    @property
+    def _lowest(self) -> float:
+        """A size below which no threshold makes a difference: a byte, or half the smallest size."""
+        return min(max(self.smallest / 2, 1 / self.unit_bytes), self.largest / 2)
 
     def survival(self, x: Floats) -> Floats:
         """G(x) = P(S > x)."""
