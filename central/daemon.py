@@ -158,14 +158,16 @@ class Central:
                 if worker_fd >= 0:
                     poller.register(worker_fd, zmq.POLLIN)
             due = min(decide_at, swept_s + _SWEEP_S)
-            poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1))
+            ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
             now_s = time.monotonic()
             for arrival in self._link.receive():
                 self.handle(arrival, now_s)
-            self._control.serve()
-            decided = self._worker.collect()
-            if decided is not None:
-                self.apply(decided, now_s)
+            if self._control.socket in ready:
+                self._control.serve()
+            if worker_fd in ready or self._worker.busy:
+                decided = self._worker.collect()
+                if decided is not None:
+                    self.apply(decided, now_s)
             if now_s >= decide_at:
                 if not self._worker.busy:
                     self._worker.submit(list(self.registry.summaries(now_s)))

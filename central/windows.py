@@ -5,6 +5,7 @@ still run. Pure numpy on arrays of shape (BINS,), the bins of `fabricpilot.histo
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,10 +35,12 @@ class ForgettingWindow:
 
     def add(self, sparse: Mapping[int, int], now_s: float) -> None:
         """Count a report's histogram ({bin: count}) at monotonic time `now_s`."""
+        if not sparse:
+            return
         self._counts *= np.float32(self._faded(now_s))
         self._at_s = max(now_s, self._at_s)
-        for index, count in sparse.items():
-            self._counts[index] += count
+        bins = np.fromiter(sparse.keys(), np.intp, len(sparse))
+        self._counts[bins] += np.fromiter(sparse.values(), np.float32, len(sparse))
 
     def at(self, now_s: float) -> Counts:
         """The counts as they weigh at `now_s`, shape (BINS,)."""
@@ -64,11 +67,9 @@ def running_counts(sizes_bytes: Sequence[int], running: int) -> dict[int, int]:
     """
     if not sizes_bytes:
         return {}
-    bins = bin_of(np.array(sizes_bytes, np.float64))
-    counts = {int(b): int(n) for b, n in zip(*np.unique(bins, return_counts=True), strict=True)}
-    smallest = int(bins.min())
-    counts[smallest] += max(0, running - len(sizes_bytes))
-    return counts
+    counts = Counter(bin_of(np.array(sizes_bytes, np.float64)).tolist())
+    counts[min(counts)] += max(0, running - len(sizes_bytes))
+    return dict(counts)
 
 
 def influence(flows: Counts) -> Counts:

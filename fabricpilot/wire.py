@@ -34,7 +34,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     """Base of all messages; the tag is the class name in lower case."""
 
 
-class FlowSummary(msgspec.Struct, frozen=True, array_like=True):
+class FlowSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One flow in a report. For a finished flow the 7 numbers AuTO uses; for a long one its state so far."""
 
     source: Text  # IP address

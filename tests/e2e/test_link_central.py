@@ -160,7 +160,7 @@ def test_a_signal_ends_it_cleanly(site, start, number):
         central.send_signal(number)
         assert central.wait(timeout=10) == 0
         assert "Traceback" not in central.stderr.read()
-        assert not any(alive(pid) for pid in worker)
+        wait(lambda: not any(alive(pid) for pid in worker))
         assert not (site / "run" / "central.sock").exists()
 
 
@@ -258,3 +258,15 @@ def wait(condition, limit_s=20.0):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_the_benchmark_counts_what_arrives(tmp_path):
+    code = "from central.bench import link; link()"
+    arguments = ["--hosts", "3", "--seconds", "2", "--shape", "light", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    told = json.loads(done.stdout)
+    assert told["reports"] >= 3
+    assert told["missed"] == 0
+    assert told["report_bytes"]["idle"] < told["report_bytes"]["light"] < told["report_bytes"]["largest"] < 65536
