@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 
@@ -10,7 +11,8 @@ import pytest
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.config import QueuesSection
-from hostagent.qdisc import install, plan_queues
+from hostagent.qdisc import install, plan_queues, supported_kinds
+from hostagent.qdisc.plan import KERNEL_OPTION
 
 RATE_BPS = 100_000_000
 WARM_UP_S, CONTEST_S = 0.8, 1.2
@@ -118,8 +120,19 @@ def contest(pair, priority):
     return result
 
 
+def packets_by_level(pair):
+    """Packets that left through each band so far; a band is a child of fab:."""
+    shown = subprocess.run(
+        ["tc", "-n", pair.left, "-s", "-j", "qdisc", "show", "dev", "nic"], check=True, capture_output=True, text=True
+    )
+    found = {q["parent"]: q["packets"] for q in json.loads(shown.stdout) if "parent" in q}
+    return [found[f"fab:{level + 1:x}"] for level in range(len(found))]
+
+
 def put_queues(pair, kind, run_dir, levels=4):
     with IPRoute(netns=pair.left) as ipr:
+        if kind not in supported_kinds(ipr):
+            pytest.skip(f"this kernel lacks {KERNEL_OPTION[kind]}")
         plan = plan_queues("nic", QueuesSection(kind=kind, link_rate=str(RATE_BPS)), levels, ipr)
         install(plan, "nic", ipr, run_dir)
     return plan
@@ -133,3 +146,71 @@ def test_htb_serves_the_first_level_first(pair, tmp_path, levels):
     assert rates["first_contested"] > 80
     assert rates["last_contested"] < 10
     assert rates["last_after"] > 75
+
+
+def send(pair, count=5, **options):
+    with pair.socket(pair.left, socket.SOCK_DGRAM) as sock:
+        if "dscp" in options:  # this also sets the socket's priority, so it comes first
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, options["dscp"] << 2)
+        if "priority" in options:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, options["priority"])
+        for _ in range(count):
+            sock.sendto(b"x" * 100, ("10.9.0.2", 9))
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["prio", "htb"])
+def test_a_priority_reaches_its_level_and_the_unmarked_the_last(pair, tmp_path, kind, levels):
+    plan = put_queues(pair, kind, tmp_path, levels)
+    cases = [({"priority": priority}, level) for level, priority in enumerate(plan.priority)]
+    # No level: last. A local priority (SO_PRIORITY up to 6 needs no right) is none of ours. Network control: first.
+    cases += [({}, levels - 1), ({"priority": 6}, levels - 1), ({"dscp": 46}, levels - 1), ({"dscp": 48}, 0)]
+    # A level's priority counts more than a DSCP.
+    cases += [({"dscp": 48, "priority": plan.priority[-1]}, levels - 1)]
+    send(pair, 1)
+    for options, level in cases:
+        before = packets_by_level(pair)
+        send(pair, **options)
+        gained = [after - was for after, was in zip(packets_by_level(pair), before, strict=True)]
+        # The kernel itself may send a solicitation or a multicast report meanwhile.
+        assert [band for band, packets in enumerate(gained) if packets >= 5] == [level], options
+
+
+def test_arp_is_first(pair, tmp_path):
+    put_queues(pair, "htb", tmp_path)
+    subprocess.run(["ip", "-n", pair.left, "neigh", "flush", "dev", "nic"], check=True)
+    subprocess.run(["ip", "-n", pair.left, "link", "set", "nic", "arp", "off"], check=True)
+    subprocess.run(["ip", "-n", pair.left, "link", "set", "nic", "arp", "on"], check=True)
+    before = packets_by_level(pair)
+    send(pair, 1)
+    gained = [after - was for after, was in zip(packets_by_level(pair), before, strict=True)]
+    assert gained[0] >= 1
+
+
+def test_pfifo_fast_puts_levels_into_their_bands(pair, tmp_path):
+    """Its bands have no counters, so order tells: behind a slow shaper, what came last at level 0 leaves first."""
+    plan = put_queues(pair, "pfifo_fast", tmp_path)
+    assert plan.priority == (7, 0, 0, 2)
+    tc = ["tc", "-n", pair.left]
+    with IPRoute(netns=pair.left) as ipr:
+        if "htb" not in supported_kinds(ipr):
+            pytest.skip(f"this kernel lacks {KERNEL_OPTION['htb']}")
+    for words in (
+        "qdisc replace dev nic root handle 1: htb default 1",
+        "class add dev nic parent 1: classid 1:1 htb rate 1mbit burst 200 quantum 60000",
+        "qdisc add dev nic parent 1:1 handle 2: pfifo_fast",
+    ):
+        subprocess.run([*tc, *words.split()], check=True)
+    with pair.socket(pair.right, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("10.9.0.2", 9))
+        receiver.settimeout(5)
+        for level in (3, 2, 1, 0):
+            for _ in range(4):
+                with pair.socket(pair.left, socket.SOCK_DGRAM) as sender:
+                    sender.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, plan.priority[level])
+                    sender.sendto(bytes([level]) + b"x" * 1000, ("10.9.0.2", 9))
+        order = [receiver.recv(2000)[0] for _ in range(16)]
+    # The first packets leave before the queue builds up.
+    assert order[-4:] == [3, 3, 3, 3] or order[-3:] == [3, 3, 3]
+    assert order.index(0) <= 3
+    assert [level for level in order if level in (1, 2)] == [2, 2, 2, 2, 1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""The plan is pure: what is chosen, why, and which priority reaches which level; words and bytes agree in themselves."""
+"""The plan is pure: what is chosen, why, which priority reaches which level; and words agree with bytes."""
 
 import re
 import struct
