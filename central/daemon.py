@@ -232,7 +232,7 @@ class Central:
         lost = [host.name for host in self.registry.sweep(now_s)]
         if lost:
             names = ", ".join(lost[:_MAX_NAMES]) + (" ..." if len(lost) > _MAX_NAMES else "")
-            log.warning("%d hosts lost, they go on with their last policy: %s", len(lost), names)
+            log.warning("lost %d host(s), which go on with their last policy: %s", len(lost), names)
         self._reports_per_s += 0.2 * (self._reports / elapsed_s - self._reports_per_s)
         self._reports = 0
         notify.watchdog()

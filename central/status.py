@@ -17,6 +17,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         f"up {told['uptime_s']:.0f} s, policy {told['scheme']}, {told['reports_per_s']:.1f} reports/s, "
         f"last decision took {'-' if decision is None else f'{decision * 1000:.0f} ms'}",
         highlight=False,
+        soft_wrap=True,
     )
     groups = Table("group", "K", "applied", "load", "flows", "thresholds (bytes)")
     for group in told["groups"]:
@@ -34,6 +35,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         console.print(
             f"{group['name']}, K = {group['levels']}: {since}; last decision: {group['last_decision'] or '-'}",
             highlight=False,
+            soft_wrap=True,
         )
     hosts = Table("host", "group", "state", "seen", "queues", "bit/s", "active", "long", "missed")
     for host in told["hosts"]:
@@ -51,7 +53,9 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
     console.print(hosts)
     counters = {**told["link"], **told["link"]["handshakes"]}
     console.print(
-        ", ".join(f"{name} {value}" for name, value in counters.items() if name != "handshakes"), highlight=False
+        ", ".join(f"{name} {value}" for name, value in counters.items() if name != "handshakes"),
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -74,6 +74,8 @@ class HostLink:
 
     Attributes:
         socket: for a `zmq.Poller`; call `receive` when it is readable.
+        monitor: the same, for what happens to the connection. Without it in the poller a new connection is noticed, and
+            Hello sent, at the next `send` or `receive`.
         connected: the handshake with central is done and the connection has not been lost since.
         trouble: why it is not connected, in words; empty when it is.
         counters: sent, dropped, received, malformed, refused, connects, losses; they only grow.
@@ -104,7 +106,7 @@ class HostLink:
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         try:
             self._configure(section)
-            self._monitor = self.socket.get_monitor_socket(_EVENTS)
+            self.monitor = self.socket.get_monitor_socket(_EVENTS)
             self._attempt()
         except BaseException:
             self.socket.close()
@@ -147,7 +149,7 @@ class HostLink:
         if not self.socket.closed:
             self.connected = False
             self.socket.disable_monitor()
-            self._monitor.close(linger=0)
+            self.monitor.close(linger=0)
             self.socket.close(linger=0)
 
     def _configure(self, section: LinkSection) -> None:
@@ -186,7 +188,7 @@ class HostLink:
         """Catch up with what happened to the connection, and begin the next one when it is time."""
         while True:
             try:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+                event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))["event"]
             except zmq.Again:
                 break
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
