@@ -27,44 +27,64 @@ def is_bpffs(path: Path) -> bool:
     return (words[0] & 0xFFFFFFFF) == _BPF_FS_MAGIC
 
 
+def check_bpffs(pin_dir: Path) -> str:
+    """Whether `ensure_bpffs` will do, without mounting; returns "" or that it has yet to be mounted.
+
+    Raises:
+        KernelError: it will not, with what to do.
+    """
+    if STANDARD_MOUNT in pin_dir.parents and not is_bpffs(STANDARD_MOUNT):
+        _check_mountable()
+        return f"will be mounted at {STANDARD_MOUNT}"
+    _check_parent(pin_dir)
+    return ""
+
+
 def ensure_bpffs(pin_dir: Path) -> None:
     """Make sure `pin_dir`'s parent exists on a BPF file system; mounts one at /sys/fs/bpf if `pin_dir` is below it.
 
     Raises:
         KernelError: it is not on one, with the command that changes that.
     """
-    parent = pin_dir.parent
-    standard = STANDARD_MOUNT in pin_dir.parents
-    if standard and not is_bpffs(STANDARD_MOUNT):
+    if STANDARD_MOUNT in pin_dir.parents and not is_bpffs(STANDARD_MOUNT):
+        _check_mountable()
         _mount_standard()
+    _check_parent(pin_dir)
+    try:
+        pin_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"cannot make {pin_dir.parent} on the BPF file system: {error.strerror}") from error
+
+
+def _check_parent(pin_dir: Path) -> None:
+    parent = pin_dir.parent
     existing = next(path for path in [parent, *parent.parents] if path.exists())
     if not is_bpffs(existing):
         raise KernelError(
             f"datapath.pin_dir = {pin_dir} is not on a BPF file system; mount one with "
             f"`mkdir -p {parent} && mount -t bpf bpf {parent}`, or use a folder below {STANDARD_MOUNT}"
         )
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelError(f"cannot make {parent} on the BPF file system: {error.strerror}") from error
 
 
-def _mount_standard() -> None:
+def _check_mountable() -> None:
+    if not STANDARD_MOUNT.exists():
+        raise KernelError(
+            f"{STANDARD_MOUNT} does not exist: the kernel lacks CONFIG_BPF_SYSCALL, or /sys is not mounted"
+        )
     if private := _netns_exec_name():
         # `ip netns exec` gives its command a /sys of its own. Pins mounted there would vanish with the command.
         raise KernelError(
             f"/sys/fs/bpf is not visible under `ip netns exec {private}`; mount a BPF file system elsewhere "
             "(`mkdir -p /run/bpf && mount -t bpf bpf /run/bpf` outside) and set datapath.pin_dir below it"
         )
-    command = f"mount -t bpf bpf {STANDARD_MOUNT}"
-    if not STANDARD_MOUNT.exists():
-        raise KernelError(
-            f"{STANDARD_MOUNT} does not exist: this kernel lacks CONFIG_BPF_SYSCALL, or /sys is not mounted"
-        )
+
+
+def _mount_standard() -> None:
     if _libc.mount(b"bpf", os.fsencode(STANDARD_MOUNT), b"bpf", 0, None) != 0:
         reason = os.strerror(ctypes.get_errno())
         raise KernelError(
-            f"no BPF file system at {STANDARD_MOUNT} and mounting it failed ({reason}); run `{command}` as root"
+            f"no BPF file system at {STANDARD_MOUNT} and mounting it failed ({reason}); "
+            f"run `mount -t bpf bpf {STANDARD_MOUNT}` as root"
         )
     log.info("mounted a BPF file system at %s, as nobody had (it stays when the data path is removed)", STANDARD_MOUNT)
 

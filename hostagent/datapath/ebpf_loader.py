@@ -3,7 +3,8 @@
 Clang takes 120 MB that the agent must not keep, hence a process of its own:
 
     python -m hostagent.datapath.ebpf_loader PIN_DIR FLOW_ENTRIES     what `load` runs
-    python -m hostagent.datapath.ebpf_loader --check                  only: can bcc be imported?
+    python -m hostagent.datapath.ebpf_loader --check-bcc              only: can bcc be imported?
+    python -m hostagent.datapath.ebpf_loader --check-program          only: does it compile and pass the verifier?
 
 The folder must exist, be on a bpffs, and be empty. The last line on standard output is a JSON object, {"ok": true, ...}
 or {"ok": false, "error": "one line"}; the compiler's own words go to standard error. On an error the folder is left
@@ -46,7 +47,16 @@ def check_bcc() -> str:
     Raises:
         KernelError: it cannot be imported.
     """
-    return str(_run_child("--check")["bcc"])
+    return str(_run_child("--check-bcc")["bcc"])
+
+
+def check_program() -> dict[str, Any]:
+    """Compile and load the program and let go of it again; returns what `load` does.
+
+    Raises:
+        KernelError: whatever kept it from loading, in one line.
+    """
+    return _run_child("--check-program")
 
 
 def _run_child(*arguments: str) -> dict[str, Any]:
@@ -91,7 +101,8 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile_and_pin(pin_dir: Path, flow_entries: int) -> dict[str, Any]:
+def _compile_and_load(flow_entries: int, pin_dir: Path | None) -> dict[str, Any]:
+    """Compile and load; pin in `pin_dir` unless it is None, in which case all is gone when the child exits."""
     started = time.monotonic()
     if not (_UAPI_DIR / "linux" / "bpf.h").exists():
         raise KernelError("/usr/include/linux is missing; install the Debian package linux-libc-dev")
@@ -106,7 +117,8 @@ def _compile_and_pin(pin_dir: Path, flow_entries: int) -> dict[str, Any]:
         program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
     except Exception as error:
         raise KernelError(f"the kernel refused the BPF program: {error}") from error
-    _pin(pin_dir, {PROGRAM_PIN: program.fd, **{name: module[name.encode()].map_fd for name in MAPS}})
+    if pin_dir is not None:
+        _pin(pin_dir, {PROGRAM_PIN: program.fd, **{name: module[name.encode()].map_fd for name in MAPS}})
     return {
         "ok": True,
         "instructions": len(module.dump_func(PROGRAM.encode())) // 8,
@@ -130,10 +142,12 @@ def _pin(pin_dir: Path, objects: dict[str, int]) -> None:
 
 def _main(arguments: list[str]) -> int:
     try:
-        if arguments == ["--check"]:
+        if arguments == ["--check-bcc"]:
             said = {"ok": True, "bcc": _import_bcc().__version__}
+        elif arguments == ["--check-program"]:
+            said = _compile_and_load(1024, None)
         else:
-            said = _compile_and_pin(Path(arguments[0]), int(arguments[1]))
+            said = _compile_and_load(int(arguments[1]), Path(arguments[0]))
     except KernelError as error:
         said = {"ok": False, "error": str(error)}
     print(json.dumps(said), flush=True)
