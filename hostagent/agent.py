@@ -80,6 +80,7 @@ class Agent:
         poller.register(self.control.socket, zmq.POLLIN)
         if self.link is not None:
             poller.register(self.link.socket, zmq.POLLIN)
+            poller.register(self.link.monitor, zmq.POLLIN)  # a new connection is greeted at once
         interval_s = self.config.host.report_interval_s
         due = time.monotonic() + interval_s
         notify.ready()
