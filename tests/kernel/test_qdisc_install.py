@@ -34,7 +34,8 @@ class Host:
         qdiscs = json.loads(self.tc("-j qdisc show dev nic"))
         for qdisc in qdiscs:
             qdisc.get("options", {}).pop("direct_packets_stat", None)
-        classes = sorted(self.tc("class show dev nic").splitlines())
+        # fq_codel shows a class for each flow it holds just now.
+        classes = sorted(line for line in self.tc("class show dev nic").splitlines() if "class fq_codel" not in line)
         filters = [json.loads(self.tc(f"-j filter show dev nic parent {q['handle']}")) for q in qdiscs]
         return sorted(qdiscs, key=str), classes, filters
 

@@ -44,7 +44,9 @@ class Port:
         for qdisc in qdiscs:
             qdisc.get("options", {}).pop("direct_packets_stat", None)
         filters = [json.loads(self.tc(f"-j filter show dev nic parent {q['handle']}")) for q in qdiscs]
-        return sorted(qdiscs, key=str), sorted(self.tc("class show dev nic").splitlines()), filters
+        # fq_codel shows a class for each flow it holds just now.
+        classes = [line for line in self.tc("class show dev nic").splitlines() if "class fq_codel" not in line]
+        return sorted(qdiscs, key=str), sorted(classes), filters
 
     def wait(self, condition, limit_s=5):
         end = time.monotonic() + limit_s
