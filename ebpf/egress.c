@@ -42,6 +42,8 @@ int fabricpilot_egress(struct __sk_buff *skb)
 		count->untracked[reason & (UNTRACKED_REASONS - 1)] += segments;
 		return TC_ACT_UNSPEC;
 	}
+	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
+		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
 	level = account(&packet, segments, settings, count);
 	mark(skb, &packet, segments, level, settings, count);
 	return TC_ACT_UNSPEC;

@@ -59,6 +59,7 @@ struct dctcp {
 	__u32 window_end;     /* DCTCP.WindowEnd, sequence number */
 	__u32 last_una;       /* SND.UNA at the previous ACK */
 	__u32 reduced_from;   /* packets: cwnd before the last reduction, to undo it */
+	__u32 last_cwnd;      /* packets: cwnd at the previous ACK */
 	__u64 acked_bytes;    /* DCTCP.BytesAcked */
 	__u64 marked_bytes;   /* DCTCP.BytesMarked */
 	__u8 reduction_fresh; /* reduced_from belongs to the congestion episode going on now */
@@ -98,11 +99,14 @@ void BPF_PROG(dctcp_init, struct sock *sk)
 	ca->window_end = tp->snd_una;
 	ca->last_una = tp->snd_una;
 	ca->reduced_from = 0;
+	ca->last_cwnd = tp->snd_cwnd;
 	ca->acked_bytes = 0;
 	ca->marked_bytes = 0;
 	ca->reduction_fresh = 0;
 	ca->ce = 0;
 	ca->last_rcv_nxt = tp->rcv_nxt;
+
+	trace(tp, ca, DCTCP_RECORD_INIT, 0, 0, tp->snd_ssthresh);
 
 	/* The peer does not do ECN: be Reno, and send no ECT (the kernel clears it with the change). */
 	if (!(tp->ecn_flags & TCP_ECN_OK) && tcp_state != TCP_LISTEN && tcp_state != TCP_CLOSE) {
@@ -145,6 +149,42 @@ void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
 	set_ece(tp, ce);
 }
 
+/*
+ * cwnd * (1 - alpha / 2), RFC 3.3 step 9. The RFC counts bytes, the kernel whole packets; with a few packets of window
+ * and a small alpha, rounding would lose the reduction or double it. The fraction is therefore kept where Reno keeps
+ * the fraction it has grown (snd_cwnd_cnt).
+ */
+static __always_inline __u32 reduce(struct tcp_sock *tp, const struct dctcp *ca, __u32 cwnd_pkts)
+{
+	__u64 exact = (__u64)cwnd_pkts * (2 * ALPHA_ONE - ca->alpha); /* packets, unit 2^-21 */
+	__u32 whole = exact >> 21;
+	__u32 fraction = exact & (2 * ALPHA_ONE - 1);
+
+	if (whole < MIN_CWND_PKTS) {
+		whole = MIN_CWND_PKTS;
+		fraction = 0;
+	}
+	tp->snd_cwnd_cnt = ((__u64)fraction * whole) >> 21;
+	return whole;
+}
+
+/*
+ * A kernel may pass a program over (before Linux 6.1 when it is running already on that CPU; hardened kernels in some
+ * tasks) and then takes what happens to lie on its stack for our result. A window grown by more than was acknowledged
+ * is such a result: reduce the one before it instead. One look per ACK bounds the damage to one round trip.
+ */
+static __always_inline void repair(struct tcp_sock *tp, struct dctcp *ca, __u32 acked_bytes)
+{
+	__u32 known = ca->last_cwnd > ca->reduced_from ? ca->last_cwnd : ca->reduced_from;
+
+	if (tp->snd_cwnd > (__u64)known + acked_bytes) {
+		tp->snd_ssthresh = reduce(tp, ca, ca->last_cwnd);
+		tp->snd_cwnd = tp->snd_ssthresh;
+		trace(tp, ca, DCTCP_RECORD_REPAIR, 0, 0, tp->snd_ssthresh);
+	}
+	ca->last_cwnd = tp->snd_cwnd;
+}
+
 /* The sender's estimate. Called for every acceptable ACK, after SND.UNA has moved, before the window is touched. */
 SEC("struct_ops")
 void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
@@ -155,6 +195,7 @@ void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
 	__u8 ece = !!(flags & CA_ACK_ECE);
 	__u8 window_ended = before(ca->window_end, tp->snd_una);
 
+	repair(tp, ca, acked_bytes);
 	ca->last_una = tp->snd_una;
 	ca->acked_bytes += acked_bytes;
 	if (ece)
@@ -174,31 +215,19 @@ void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
 	trace(tp, ca, DCTCP_RECORD_ACK, ece, window_ended, tp->snd_ssthresh);
 }
 
-/*
- * The window after congestion: cwnd * (1 - alpha / 2). The kernel asks at most once per window of data.
- *
- * RFC 8257 counts bytes, the kernel whole packets; with a few packets of window and a small alpha, rounding would lose
- * the reduction or double it. The fraction is therefore kept where Reno keeps the fraction it has grown (snd_cwnd_cnt).
- */
+/* The window after congestion. The kernel asks at most once per window of data. */
 SEC("struct_ops")
 __u32 BPF_PROG(dctcp_ssthresh, struct sock *sk)
 {
 	struct tcp_sock *tp = tcp_sk(sk);
 	struct dctcp *ca = state_of(tp);
-	__u32 cwnd = tp->snd_cwnd;
-	__u64 exact = (__u64)cwnd * (2 * ALPHA_ONE - ca->alpha); /* packets, unit 2^-21 */
-	__u32 whole = exact >> 21;
-	__u32 fraction = exact & (2 * ALPHA_ONE - 1);
+	__u32 pkts;
 
-	ca->reduced_from = cwnd;
+	ca->reduced_from = tp->snd_cwnd;
 	ca->reduction_fresh = 1;
-	if (whole < MIN_CWND_PKTS) {
-		whole = MIN_CWND_PKTS;
-		fraction = 0;
-	}
-	tp->snd_cwnd_cnt = ((__u64)fraction * whole) >> 21;
-	trace(tp, ca, DCTCP_RECORD_REDUCTION, 0, 0, whole);
-	return whole;
+	pkts = reduce(tp, ca, tp->snd_cwnd);
+	trace(tp, ca, DCTCP_RECORD_REDUCTION, 0, 0, pkts);
+	return pkts;
 }
 
 /*

@@ -10,6 +10,8 @@
 #define DCTCP_RECORD_ACK 0
 #define DCTCP_RECORD_REDUCTION 1 /* congestion signalled by ECN, or first sight of a loss */
 #define DCTCP_RECORD_LOSS 2      /* what the window becomes because of a loss */
+#define DCTCP_RECORD_INIT 3      /* the connection stands, the estimate begins */
+#define DCTCP_RECORD_REPAIR 4    /* the kernel had passed a program over; see repair() */
 
 #define DCTCP_TRACE_RECORDS 65536
 
