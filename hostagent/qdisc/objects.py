@@ -189,6 +189,7 @@ def same_tree(found: Iterable[TcObject], wanted: Iterable[TcObject]) -> bool:
 # Offload flags the kernel adds to what it shows and refuses to take back: in_hw, not_in_hw (TCA_CLS_FLAGS_*).
 _FLAGS_ATTRIBUTE = {"u32": _U32_FLAGS, "flower": 22, "matchall": 3}
 _SETTABLE_FLAGS = 0b11
+_COUNTER_ATTRIBUTE = {"u32": _U32_PCNT, "matchall": 4}
 
 
 def replayable(obj: TcObject) -> TcObject:
@@ -203,7 +204,7 @@ def replayable(obj: TcObject) -> TcObject:
     if obj.noun == "filter" and obj.kind in _FLAGS_ATTRIBUTE:
         kept = []
         for number, value in attributes(obj.options):
-            if obj.kind == "u32" and number == _U32_PCNT:
+            if number == _COUNTER_ATTRIBUTE.get(obj.kind):
                 continue
             if number == _FLAGS_ATTRIBUTE[obj.kind]:
                 value = struct.pack("=I", struct.unpack("=I", value)[0] & _SETTABLE_FLAGS)
