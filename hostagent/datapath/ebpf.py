@@ -56,7 +56,8 @@ class EbpfDatapath:
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
         if not pin_dir.is_absolute() or "." in pin_dir.name:
             raise UsageError(f"datapath.pin_dir = {pin_dir} must be an absolute path, its last part without dots")
-        self._pin_dir = pin_dir
+        self.pin_dir = pin_dir
+        self._owner = tc_filter.owner_of(pin_dir)
         self._flow_entries = flow_entries
         self._fingerprint = fingerprint(flow_entries)
         self._ipr: IPRoute | None = None
@@ -67,6 +68,17 @@ class EbpfDatapath:
             log.info("removing the data path pinned in %s: its network namespace no longer exists", pin_dir)
             self._let_go()
             pinned.remove_directory(pin_dir)
+
+    def map_fd(self, name: str) -> int:
+        """File descriptor of a pinned map, for benchmarks and tests; it is this object's to close.
+
+        Raises:
+            KernelError: there is no data path of this version.
+        """
+        pins = self._readable()
+        if pins is None:
+            raise KernelError(f"no data path of this version is pinned in {self.pin_dir}")
+        return pins.maps[name]
 
     @property
     def adopted(self) -> bool:
@@ -79,7 +91,10 @@ class EbpfDatapath:
         with self._exclusive():
             pins = self._ensure_loaded()
             program = bpf.prog_id(pins.program)
-            if nic.index in pins.interfaces() and tc_filter.our_program_id(self._netlink(), nic.index) == program:
+            if (
+                nic.index in pins.interfaces()
+                and tc_filter.our_program_id(self._netlink(), nic.index, self._owner) == program
+            ):
                 return
             self._attach(pins, nic, program)
 
@@ -92,19 +107,19 @@ class EbpfDatapath:
 
     def detach(self) -> None:
         """See `Datapath.detach`. Also removes filters of ours whose pins are gone; leaves clsact that others use."""
-        if not self._pin_dir.parent.is_dir():
+        if not self.pin_dir.parent.is_dir():
             return  # no BPF file system here: nothing was ever pinned
         ipr = self._netlink()
         with self._exclusive():
             self._reopen()
             noted = self._pins.interfaces() if self._pins is not None else {}
             for index, name in tc_filter.interface_names(ipr).items():
-                tc_filter.remove_filter(ipr, index)
+                tc_filter.remove_filter(ipr, index, self._owner)
                 if noted.get(index):
                     tc_filter.remove_clsact_if_empty(ipr, Interface(name, index))
             self._let_go()
-            pinned.remove_directory(pinned.new_directory(self._pin_dir))
-            pinned.remove_directory(self._pin_dir)
+            pinned.remove_directory(pinned.new_directory(self.pin_dir))
+            pinned.remove_directory(self.pin_dir)
 
     def apply(self, settings: Settings) -> None:
         """See `Datapath.apply`; loads the data path first where it is not there yet.
@@ -188,7 +203,7 @@ class EbpfDatapath:
             if not had_clsact:
                 tc_filter.add_clsact(ipr, nic)
                 undo.callback(tc_filter.remove_clsact_if_empty, ipr, nic)
-            tc_filter.set_filter(ipr, nic, pins.program, program)
+            tc_filter.set_filter(ipr, nic, self._owner, pins.program, program)
             undo.pop_all()
 
     def _filters(self) -> dict[Interface, int]:
@@ -198,7 +213,7 @@ class EbpfDatapath:
         ipr = self._netlink()
         names = tc_filter.interface_names(ipr)
         known = [Interface(names[index], index) for index in self._pins.interfaces() if index in names]
-        programs = {nic: tc_filter.our_program_id(ipr, nic.index) for nic in known}
+        programs = {nic: tc_filter.our_program_id(ipr, nic.index, self._owner) for nic in known}
         return {nic: program for nic, program in programs.items() if program is not None}
 
     def _readable(self) -> Pins | None:
@@ -212,7 +227,7 @@ class EbpfDatapath:
         self._reopen()
         if (pins := self._readable()) is not None:
             return pins
-        new = pinned.new_directory(self._pin_dir)
+        new = pinned.new_directory(self.pin_dir)
         filters = self._filters()
         with ExitStack() as undo:
             new.mkdir(mode=0o700)
@@ -226,24 +241,25 @@ class EbpfDatapath:
             if loaded is None:
                 raise KernelError(f"{new} vanished while the data path was loaded; is something else removing pins?")
             undo.callback(loaded.close)
+            program = bpf.prog_id(loaded.program)
             for nic in filters:
-                tc_filter.set_filter(self._netlink(), nic, loaded.program, bpf.prog_id(loaded.program))
+                tc_filter.set_filter(self._netlink(), nic, self._owner, loaded.program, program)
             undo.pop_all()
         log.info("loaded the BPF program: %s instructions in %s s", said["instructions"], said["seconds"])
         if self._pins is not None:
-            log.warning("the data path in %s was of another version: its flow table starts afresh", self._pin_dir)
+            log.warning("the data path in %s was of another version: its flow table starts afresh", self.pin_dir)
         self._let_go()
-        pinned.remove_directory(self._pin_dir)
-        new.rename(self._pin_dir)
-        loaded.directory = self._pin_dir
+        pinned.remove_directory(self.pin_dir)
+        new.rename(self.pin_dir)
+        loaded.directory = self.pin_dir
         self._pins = loaded
         return loaded
 
     def _reopen(self) -> None:
         """Look again at what is pinned: another process may have loaded or detached since."""
         self._let_go()
-        pinned.finish_interrupted_swap(self._pin_dir)
-        self._pins = Pins.open(self._pin_dir)
+        pinned.finish_interrupted_swap(self.pin_dir)
+        self._pins = Pins.open(self.pin_dir)
 
     def _let_go(self) -> None:
         if self._pins is not None:
@@ -253,8 +269,8 @@ class EbpfDatapath:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One process at a time changes what is pinned here."""
-        ensure_bpffs(self._pin_dir)
-        directory = os.open(self._pin_dir.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        ensure_bpffs(self.pin_dir)
+        directory = os.open(self.pin_dir.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
             yield

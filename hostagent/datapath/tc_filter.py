@@ -1,12 +1,15 @@
 """Our one filter on each NIC: a BPF program on clsact's egress side, by netlink.
 
 There is never more than one filter of ours on a NIC: preference and handle are fixed, so setting it again replaces it
-in one step, without a packet missing it. Its name carries the program's id, which tells a filter of this data path
-from one that another version, or an agent with other pins, has left. Filters and qdiscs of others are not touched.
+in one step, without a packet missing it. Its name says whose it is (`owner`, from the folder of the pins) and which
+program it runs, so that what a former version left is told from what is in force, and a data path with other pins is
+never disturbed. Filters and qdiscs of others are not touched.
 """
 
 import errno
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from pyroute2 import IPRoute
@@ -17,7 +20,6 @@ from fabricpilot.errors import KernelError, UsageError
 # Low, so that it runs before filters whose verdict ends the chain; odd enough that nobody else is likely to use it.
 PREFERENCE: Final = 53
 _HANDLE: Final = 1
-_NAME_PREFIX: Final = "fabricpilot:"
 
 _EGRESS: Final = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)
 _INGRESS: Final = 0xFFFFFFF2
@@ -32,6 +34,11 @@ class Interface:
 
     name: str
     index: int
+
+
+def owner_of(pin_dir: Path) -> str:
+    """How the filters of the data path pinned in `pin_dir` begin their names."""
+    return f"fabricpilot:{hashlib.sha256(str(pin_dir).encode()).hexdigest()[:8]}:"
 
 
 def find_interface(ipr: IPRoute, name: str) -> Interface:
@@ -97,12 +104,12 @@ def remove_clsact_if_empty(ipr: IPRoute, interface: Interface) -> bool:
     return True
 
 
-def our_program_id(ipr: IPRoute, index: int) -> int | None:
+def our_program_id(ipr: IPRoute, index: int, owner: str) -> int | None:
     """Id of the program behind our filter on the interface with that index; None if we have no filter there."""
     name = _filter_name(ipr, index)
-    if name is None or not name.startswith(_NAME_PREFIX):
+    if name is None or not name.startswith(owner):
         return None
-    return int(name.removeprefix(_NAME_PREFIX))
+    return int(name.removeprefix(owner))
 
 
 def _filter_name(ipr: IPRoute, index: int) -> str | None:
@@ -121,17 +128,17 @@ def _filter_name(ipr: IPRoute, index: int) -> str | None:
     return None
 
 
-def set_filter(ipr: IPRoute, interface: Interface, program_fd: int, program_id: int) -> None:
+def set_filter(ipr: IPRoute, interface: Interface, owner: str, program_fd: int, program_id: int) -> None:
     """Make the program our filter on the interface, in place of the one before if there is one.
 
     Raises:
         KernelError: the kernel refused, or somebody else's filter has our preference.
     """
     taken_by = _filter_name(ipr, interface.index)
-    if taken_by is not None and not taken_by.startswith(_NAME_PREFIX):
+    if taken_by is not None and not taken_by.startswith(owner):
         raise KernelError(
-            f"egress filter preference {PREFERENCE} of {interface.name} is taken by another filter '{taken_by}'; "
-            "fabricpilot needs it, move that filter to another preference"
+            f"egress filter preference {PREFERENCE} of {interface.name} is taken by another filter, '{taken_by}'; move "
+            f"it to another preference, or remove it with `tc filter del dev {interface.name} egress pref {PREFERENCE}`"
         )
     try:
         ipr.tc(
@@ -140,7 +147,7 @@ def set_filter(ipr: IPRoute, interface: Interface, program_fd: int, program_id: 
             interface.index,
             _HANDLE,
             fd=program_fd,
-            name=f"{_NAME_PREFIX}{program_id}",
+            name=f"{owner}{program_id}",
             parent=_EGRESS,
             prio=PREFERENCE,
             direct_action=True,
@@ -149,9 +156,9 @@ def set_filter(ipr: IPRoute, interface: Interface, program_fd: int, program_id: 
         raise KernelError(f"cannot attach the program to {interface.name}: {error.args[1]}") from error
 
 
-def remove_filter(ipr: IPRoute, index: int) -> bool:
+def remove_filter(ipr: IPRoute, index: int, owner: str) -> bool:
     """Remove our filter; returns whether there was one."""
-    if our_program_id(ipr, index) is None:
+    if our_program_id(ipr, index, owner) is None:
         return False
     try:
         ipr.tc("del-filter", "bpf", index, _HANDLE, parent=_EGRESS, prio=PREFERENCE)

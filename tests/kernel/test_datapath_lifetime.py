@@ -97,9 +97,9 @@ def test_attach_twice_is_one_filter_and_detach_leaves_no_trace(pin_dir, nic):
 def test_detach_leaves_what_others_have(datapath, nic):
     run("tc", "qdisc", "add", "dev", "nic0", "clsact")
     other = bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, RETURN_UNSPEC)
-    bpf.obj_pin(other, datapath._pin_dir.with_name("other"))
+    bpf.obj_pin(other, datapath.pin_dir.with_name("other"))
     os.close(other)
-    pinned = str(datapath._pin_dir.with_name("other"))
+    pinned = str(datapath.pin_dir.with_name("other"))
     run("tc", "filter", "add", "dev", "nic0", "egress", "prio", "1", "bpf", "da", "object-pinned", pinned)
     before = tc_state()
     datapath.attach("nic0")
@@ -110,7 +110,7 @@ def test_detach_leaves_what_others_have(datapath, nic):
     assert "clsact" in run("tc", "qdisc", "show", "dev", "nic1")  # ours, but somebody uses it now
     run("tc", "qdisc", "del", "dev", "nic1", "clsact")
     assert tc_state() == before
-    datapath._pin_dir.with_name("other").unlink()
+    datapath.pin_dir.with_name("other").unlink()
 
 
 def test_a_foreign_filter_at_our_preference_is_named_and_kept(datapath, nic):
@@ -138,7 +138,7 @@ def test_unknown_interface(datapath, nic, name):
     with pytest.raises(UsageError, match=r"does not exist; there are: lo, nic0, nic1"):
         datapath.attach(name)
     assert tc_state() == before
-    assert not datapath._pin_dir.exists()
+    assert not datapath.pin_dir.exists()
 
 
 def test_interface_without_ethernet_header(datapath, nic):
@@ -297,13 +297,27 @@ def test_whatever_fails_nothing_is_half_attached(pin_dir, nic, monkeypatch, fail
 def test_lost_pins_do_not_leave_a_filter_for_ever(datapath, nic):
     datapath.attach("nic0")
     datapath.close()
-    ebpf.pinned.remove_directory(datapath._pin_dir)
-    again = EbpfDatapath(datapath._pin_dir, 4096)
+    ebpf.pinned.remove_directory(datapath.pin_dir)
+    again = EbpfDatapath(datapath.pin_dir, 4096)
     assert again.attached() == []
     assert our_filters("nic0") == 1
     again.detach()
     assert our_filters("nic0") == 0
     again.close()
+
+
+def test_another_data_path_is_never_disturbed(datapath, nic):
+    """A benchmark, or a second agent with other pins, leaves the filters of the first one alone."""
+    datapath.attach("nic0")
+    before = tc_state()
+    other = EbpfDatapath(datapath.pin_dir.with_name("other"), 4096)
+    with pytest.raises(KernelError, match="preference 53 of nic0 is taken by another filter, 'fabricpilot:"):
+        other.attach("nic0")
+    assert other.attached() == []
+    other.detach()
+    other.close()
+    assert tc_state() == before
+    assert datapath.attached() == ["nic0"]
 
 
 def test_two_namespaces_do_not_share_pins(pin_dir, nic, make_netns):
