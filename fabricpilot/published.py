@@ -19,7 +19,8 @@ class Published:
     """One published threshold vector.
 
     Attributes:
-        kind: "optimised" (PIAS's optimiser), "equal-split", "learned" (AuTO's sRLA) or "default" (PIAS's software).
+        kind: "optimised" (PIAS's optimiser, as PIAS released it), "equal-split", "default" (PIAS's software),
+            "auto-learned" (AuTO's sRLA) or "auto-optimised" (PIAS's optimiser as AuTO's figure shows it).
         workload: "websearch" or "datamining", as the source calls it; empty where it is for any.
         load: the load it is for; None where the source does not say.
         thresholds: in bytes.
@@ -59,10 +60,10 @@ PUBLISHED: tuple[Published, ...] = (
     _row("optimised", "datamining", None, _KIB, (6,), _TESTBED),
     _row("optimised", "datamining", 0.8, _KIB, (1, 9, 167), _TESTBED),
     _row("optimised", "datamining", None, _KIB, (1, 8, 80, 122, 130, 132, 133), _TESTBED),
-    _row("optimised", "websearch", 0.6, _PACKET, (5, 17, 87), _AUTO),
-    _row("optimised", "datamining", 0.6, _PACKET, (3, 60, 510), _AUTO),
-    _row("learned", "websearch", 0.6, _PACKET, (4, 12, 64), _AUTO),
-    _row("learned", "datamining", 0.6, _PACKET, (3, 60, 310), _AUTO),
+    _row("auto-optimised", "websearch", 0.6, _PACKET, (5, 17, 87), _AUTO),
+    _row("auto-optimised", "datamining", 0.6, _PACKET, (3, 60, 510), _AUTO),
+    _row("auto-learned", "websearch", 0.6, _PACKET, (4, 12, 64), _AUTO),
+    _row("auto-learned", "datamining", 0.6, _PACKET, (3, 60, 310), _AUTO),
     _row("equal-split", "websearch", None, _KIB, (72,), _TESTBED),
     _row("equal-split", "websearch", None, _KIB, (24, 72, 1448), _TESTBED),
     _row("default", "", None, _KIB, (100,), "PIAS, user-space software"),

@@ -134,8 +134,25 @@ def _batch_part(sizes: SizeIntegrals, rate: Floats, lower: Floats, upper: Floats
     kernel = np.diff(np.diff(plus - minus, axis=1), axis=2) / width[:, :, None]
     survival = -np.diff(sizes.tail(edges), axis=1) / width
     system = np.eye(cells) - rate[:, None, None] * kernel
-    z = np.linalg.solve(system, survival[:, :, None])[:, :, 0].astype(np.float64, copy=False)
-    return z, edges
+    return _solve(system, survival), edges
+
+
+def _solve(system: Floats, right: Floats) -> Floats:
+    """Solutions of many small systems, shapes (n, cells, cells) and (n, cells), by elimination on all at once.
+
+    The rows are diagonally dominant (see the head of this file), so no pivoting is needed. LAPACK, asked for one system
+    after another, starts its threads for each; on a busy machine that took five times as long.
+    """
+    matrix = np.ascontiguousarray(system.transpose(1, 2, 0))
+    z = right.T.copy()
+    cells = len(z)
+    for k in range(cells - 1):
+        factor = matrix[k + 1 :, k] / matrix[k, k]
+        matrix[k + 1 :, k + 1 :] -= factor[:, None] * matrix[k, k + 1 :]
+        z[k + 1 :] -= factor * z[k]
+    for k in reversed(range(cells)):
+        z[k] = (z[k] - (matrix[k, k + 1 :] * z[k + 1 :]).sum(axis=0)) / matrix[k, k]
+    return z.T
 
 
 def _rho(sizes: SizeIntegrals, load: float, bound: Floats) -> Floats:

@@ -14,9 +14,10 @@ def test_lookup_takes_the_nearest_load() -> None:
 
 def test_lookup_finds_every_number_of_levels_there_is() -> None:
     assert published("websearch", 2, 0.7).thresholds.bytes == (965_816,)
+    assert published("websearch", 4, 0.7).thresholds.bytes[0] == 70 * 1024
     assert published("websearch", 4, 0.7, "equal-split").thresholds.bytes == (24_576, 73_728, 1_482_752)
     assert published("homa_w1", 2, 0.7, "default").thresholds.bytes == (102_400,)
-    assert published("datamining", 4, 0.6, "learned").thresholds.bytes == (4_380, 87_600, 452_600)
+    assert published("datamining", 4, 0.6, "auto-learned").thresholds.bytes == (4_380, 87_600, 452_600)
 
 
 def test_every_row_can_be_found() -> None:
@@ -31,7 +32,7 @@ def test_every_row_can_be_found() -> None:
     [
         ("homa_w1", 8, "optimised", "websearch with 8"),
         ("websearch", 3, "optimised", "websearch with 4"),
-        ("websearch", 8, "best", "choose one of default, equal-split"),
+        ("websearch", 8, "best", "choose one of auto-learned"),
     ],
 )
 def test_says_what_there_is(workload: str, levels: int, kind: str, says: str) -> None:
