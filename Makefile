@@ -23,9 +23,10 @@ test-unit: setup ## Tests that need no root
 test-kernel: setup ## Tests on the real kernel (root)
 	$(BIN)/pytest -m "kernel and not slow and not scale"
 
-lint: setup ## ruff, formatting, shell scripts
+lint: setup ## ruff, formatting, shellcheck
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	shellcheck -x tc_scripts/* packaging/setup-debian .ci/run
 
 type: setup ## mypy, strict
 	$(BIN)/mypy

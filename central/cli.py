@@ -126,7 +126,7 @@ def _config(config_path: Path | None, settings: tuple[str, ...], flags: dict[str
     named = {_FLAGS[name]: value for name, value in flags.items()}
     config = load_config(CentralConfig, DEFAULT_CONFIG, config_path, settings, named)
     if not config.central.run_dir:
-        raise FabricpilotError("central.run_dir is empty; give a folder, for example /run/fabricpilot")
+        raise FabricpilotError("central.run_dir is empty; give a folder, for example /run/fabricpilot-central")
     return config
 
 

@@ -26,7 +26,8 @@ from fabricpilot.levels import (
 )
 
 ENV_PREFIX = "FABRICPILOT_"
-RUN_DIR = "/run/fabricpilot"
+HOST_RUN_DIR = "/run/fabricpilot"
+CENTRAL_RUN_DIR = "/run/fabricpilot-central"  # of its own, as central does not run as root
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +42,7 @@ class HostSection(Section, frozen=True, kw_only=True):
     group: str = "default"  # hosts of one group get the same thresholds
     report_interval_s: float = 1.0  # seconds between reports to central, 0.1 to 60
     detach_on_exit: bool = False  # true: Ctrl-C and SIGTERM also remove the data path
-    run_dir: str = RUN_DIR  # control socket for `agent status`, and what `detach` needs to restore qdiscs
+    run_dir: str = HOST_RUN_DIR  # control socket for `agent status`, and what `detach` needs to restore qdiscs
 
 
 class DatapathSection(Section, frozen=True, kw_only=True):
@@ -93,7 +94,7 @@ class PolicySection(Section, frozen=True, kw_only=True):
 class CentralSection(Section, frozen=True, kw_only=True):
     """`[central]`: the daemon on the controller."""
 
-    run_dir: str = RUN_DIR  # control socket for `central status`
+    run_dir: str = CENTRAL_RUN_DIR  # control socket for `central status`
     host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
     threshold_log: str = ""  # file that gets one JSON line per change of thresholds; empty: none
 

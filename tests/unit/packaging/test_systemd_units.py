@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fabricpilot.config import RUN_DIR, AgentConfig, CentralConfig, HostSection, load
+from fabricpilot.config import HOST_RUN_DIR, AgentConfig, CentralConfig, HostSection, load
 from fabricpilot.errors import UsageError
 
 PACKAGING = Path(__file__).parents[3] / "packaging"
@@ -85,7 +85,7 @@ def test_the_watchdog_outlasts_the_longest_report_interval():
 def test_run_directories_are_those_of_the_configuration():
     agent = load(AgentConfig, PACKAGING / "agent.toml", environ={})
     central = load(CentralConfig, PACKAGING / "central.toml", environ={})
-    assert agent.host.run_dir == RUN_DIR
+    assert agent.host.run_dir == HOST_RUN_DIR
     for config, name in ((agent.host.run_dir, UNITS[0]), (central.central.run_dir, UNITS[1])):
         assert config == f"/run/{service(name)['RuntimeDirectory'][0]}"
     # Pins must be writable although /sys is not.
