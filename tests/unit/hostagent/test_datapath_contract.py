@@ -157,6 +157,15 @@ def test_a_syn_on_used_ports_starts_afresh_and_is_counted(sender, ended):
     assert (counters["flows_restarted"], counters["restarted_bytes"]) == (1, 3000)
 
 
+@pytest.mark.parametrize("flag", ["fin", "rst"])
+def test_ports_of_a_connection_without_data_are_reused_as_well(sender, flag):
+    sender.send(FLOW, syn=True)
+    sender.send(FLOW, **{flag: True})
+    sender.send(FLOW, syn=True)
+    assert state_of(sender.datapath, FLOW)["flags"] == FLAG_SAW_START
+    assert sender.datapath.counters()["flows_restarted"] == 1
+
+
 def test_a_retransmitted_syn_is_no_new_flow(sender):
     sender.send(FLOW, syn=True)
     first = state_of(sender.datapath, FLOW)
