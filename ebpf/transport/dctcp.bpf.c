@@ -10,8 +10,8 @@
  *                       -> acknowledge those before it at once with their ECE, then this one with its own
  *   sender (RFC 3.3)    every acceptable ACK: count bytes acknowledged, and those acknowledged with ECE;
  *                       once per window: M = marked / acknowledged; alpha += (M - alpha) / 16
- *   sender (RFC 3.3-3.5) ECE: the kernel asks once per window; the window becomes cwnd * (1 - alpha / 2)
- *                       loss: the window becomes cwnd / 2, whatever alpha is; growth and the rest is Reno
+ *   sender (RFC 3.3-3.5) ECE, once per window: the window becomes cwnd * (1 - alpha / 2)
+ *                       loss, once per window: it becomes cwnd / 2, whatever alpha is; growth and the rest is Reno
  *
  * Everything per socket lives in the socket (icsk_ca_priv): no map, nothing to leak.
  */
@@ -39,36 +39,42 @@ char _license[] SEC("license") = "GPL";
 
 #define ALPHA_ONE (1u << 20) /* alpha and M are fractions in units of 2^-20 */
 #define GAIN_SHIFT 4         /* g = 1/16, RFC 8257 section 4.2 */
-#define MIN_CWND_PKTS 2u     /* one in flight may wait for the peer's delayed ACK; two never do */
 
-/* Preprocessor constants of the kernel (include/net/tcp.h), not in BTF. */
+/* Preprocessor constants of the kernel (net/tcp.h, linux/tcp.h), which BTF does not hold. */
 #define TCP_CONG_NEEDS_ECN 0x2
 #define TCP_ECN_OK 0x1         /* RFC 3168 ECN was negotiated */
 #define TCP_ECN_DEMAND_CWR 0x4 /* our ACKs carry ECE */
 #define SOL_TCP 6
 #define TCP_CONGESTION 13
-#define TCP_CA_CWR 2
-#define TCP_CA_RECOVERY 3
-#define TCP_CA_LOSS 4
+#define TCP_CA_CWR 2      /* reducing because of marks */
+#define TCP_CA_RECOVERY 3 /* loss, repaired by fast retransmission */
+#define TCP_CA_LOSS 4     /* retransmission timeout */
 #define TCP_LISTEN 10
 #define TCP_CLOSE 7
 
 struct dctcp {
-	/* sender */
-	__u32 alpha;          /* DCTCP.Alpha */
-	__u32 window_end;     /* DCTCP.WindowEnd, sequence number */
-	__u32 last_una;       /* SND.UNA at the previous ACK */
-	__u32 reduced_from;   /* packets: cwnd before the last reduction, to undo it */
-	__u32 last_cwnd;      /* packets: cwnd at the previous ACK */
-	__u64 acked_bytes;    /* DCTCP.BytesAcked */
-	__u64 marked_bytes;   /* DCTCP.BytesMarked */
-	__u8 reduction_fresh; /* reduced_from belongs to the congestion episode going on now */
+	/* estimate */
+	__u32 alpha;        /* DCTCP.Alpha */
+	__u32 window_end;   /* DCTCP.WindowEnd, sequence number */
+	__u32 last_una;     /* SND.UNA at the previous ACK */
+	__u8 ece;           /* the previous ACK carried ECE */
+	__u64 acked_bytes;  /* DCTCP.BytesAcked */
+	__u64 marked_bytes; /* DCTCP.BytesMarked */
+	/* window, in packets; see dctcp_window.h */
+	__u8 reducing;        /* an episode of congestion goes on: cwnd is on its way to target */
+	__u32 episode_end;    /* high_seq of that episode, sequence number */
+	__u32 reduced_from;   /* cwnd before it */
+	__u32 target;         /* cwnd after it */
+	__u32 fraction;       /* of cwnd (when reducing: of target), unit 1 / cwnd */
+	__u32 prr_delivered;  /* delivered since it began */
+	__u32 last_delivered; /* delivered at the previous ACK */
 	/* receiver */
 	__u8 ce;            /* DCTCP.CE */
 	__u32 last_rcv_nxt; /* RCV.NXT before the packet at hand */
 };
 
 #include "dctcp_trace.h"
+#include "dctcp_window.h"
 
 extern void tcp_reno_cong_avoid(struct sock *sk, __u32 ack, __u32 acked) __ksym;
 
@@ -95,17 +101,12 @@ void BPF_PROG(dctcp_init, struct sock *sk)
 	struct dctcp *ca = state_of(tp);
 	__u8 tcp_state = sk->__sk_common.skc_state;
 
+	__builtin_memset(ca, 0, sizeof(*ca));
 	ca->alpha = ALPHA_ONE; /* RFC 3.3: a first mark halves the window, as it would without history */
 	ca->window_end = tp->snd_una;
 	ca->last_una = tp->snd_una;
-	ca->reduced_from = 0;
-	ca->last_cwnd = tp->snd_cwnd;
-	ca->acked_bytes = 0;
-	ca->marked_bytes = 0;
-	ca->reduction_fresh = 0;
-	ca->ce = 0;
+	ca->last_delivered = tp->delivered;
 	ca->last_rcv_nxt = tp->rcv_nxt;
-
 	trace(tp, ca, DCTCP_RECORD_INIT, 0, 0, tp->snd_ssthresh);
 
 	/* The peer does not do ECN: be Reno, and send no ECT (the kernel clears it with the change). */
@@ -124,6 +125,19 @@ static __always_inline void set_ece(struct tcp_sock *tp, __u8 on)
 		tp->ecn_flags &= ~TCP_ECN_DEMAND_CWR;
 }
 
+/* RFC 5681, 4.1. The kernel leaves this to algorithms that control the window themselves. */
+static __always_inline void restart_after_idle(struct tcp_sock *tp, struct dctcp *ca)
+{
+	__u32 idle_ticks = (__u32)bpf_jiffies64() - tp->lsndtime;
+
+	if (idle_ticks <= tp->inet_conn.icsk_rto || tp->snd_cwnd <= RESTART_CWND_PKTS)
+		return;
+	if (tp->snd_ssthresh < tp->snd_cwnd / 4 * 3)
+		tp->snd_ssthresh = tp->snd_cwnd / 4 * 3;
+	tp->snd_cwnd = RESTART_CWND_PKTS;
+	tp->snd_cwnd_cnt = ca->fraction = 0;
+}
+
 /* The receiver. Called for each arriving data packet, after RCV.NXT has moved over it, before any ACK is sent. */
 SEC("struct_ops")
 void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
@@ -132,6 +146,8 @@ void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
 	struct dctcp *ca = state_of(tp);
 	__u8 ce = event == CA_EVENT_ECN_IS_CE;
 
+	if (event == CA_EVENT_TX_START)
+		restart_after_idle(tp, ca);
 	if (!ce && event != CA_EVENT_ECN_NO_CE)
 		return;
 	if (ce != ca->ce) {
@@ -149,42 +165,6 @@ void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
 	set_ece(tp, ce);
 }
 
-/*
- * cwnd * (1 - alpha / 2), RFC 3.3 step 9. The RFC counts bytes, the kernel whole packets; with a few packets of window
- * and a small alpha, rounding would lose the reduction or double it. The fraction is therefore kept where Reno keeps
- * the fraction it has grown (snd_cwnd_cnt).
- */
-static __always_inline __u32 reduce(struct tcp_sock *tp, const struct dctcp *ca, __u32 cwnd_pkts)
-{
-	__u64 exact = (__u64)cwnd_pkts * (2 * ALPHA_ONE - ca->alpha); /* packets, unit 2^-21 */
-	__u32 whole = exact >> 21;
-	__u32 fraction = exact & (2 * ALPHA_ONE - 1);
-
-	if (whole < MIN_CWND_PKTS) {
-		whole = MIN_CWND_PKTS;
-		fraction = 0;
-	}
-	tp->snd_cwnd_cnt = ((__u64)fraction * whole) >> 21;
-	return whole;
-}
-
-/*
- * A kernel may pass a program over (before Linux 6.1 when it is running already on that CPU; hardened kernels in some
- * tasks) and then takes what happens to lie on its stack for our result. A window grown by more than was acknowledged
- * is such a result: reduce the one before it instead. One look per ACK bounds the damage to one round trip.
- */
-static __always_inline void repair(struct tcp_sock *tp, struct dctcp *ca, __u32 acked_bytes)
-{
-	__u32 known = ca->last_cwnd > ca->reduced_from ? ca->last_cwnd : ca->reduced_from;
-
-	if (tp->snd_cwnd > (__u64)known + acked_bytes) {
-		tp->snd_ssthresh = reduce(tp, ca, ca->last_cwnd);
-		tp->snd_cwnd = tp->snd_ssthresh;
-		trace(tp, ca, DCTCP_RECORD_REPAIR, 0, 0, tp->snd_ssthresh);
-	}
-	ca->last_cwnd = tp->snd_cwnd;
-}
-
 /* The sender's estimate. Called for every acceptable ACK, after SND.UNA has moved, before the window is touched. */
 SEC("struct_ops")
 void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
@@ -195,7 +175,7 @@ void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
 	__u8 ece = !!(flags & CA_ACK_ECE);
 	__u8 window_ended = before(ca->window_end, tp->snd_una);
 
-	repair(tp, ca, acked_bytes);
+	ca->ece = ece;
 	ca->last_una = tp->snd_una;
 	ca->acked_bytes += acked_bytes;
 	if (ece)
@@ -215,48 +195,52 @@ void BPF_PROG(dctcp_in_ack_event, struct sock *sk, __u32 flags)
 	trace(tp, ca, DCTCP_RECORD_ACK, ece, window_ended, tp->snd_ssthresh);
 }
 
-/* The window after congestion. The kernel asks at most once per window of data. */
+/* The kernel sees congestion, at most once per window of data: a mark, a loss. */
 SEC("struct_ops")
 __u32 BPF_PROG(dctcp_ssthresh, struct sock *sk)
 {
 	struct tcp_sock *tp = tcp_sk(sk);
 	struct dctcp *ca = state_of(tp);
-	__u32 pkts;
 
-	ca->reduced_from = tp->snd_cwnd;
-	ca->reduction_fresh = 1;
-	pkts = reduce(tp, ca, tp->snd_cwnd);
-	trace(tp, ca, DCTCP_RECORD_REDUCTION, 0, 0, pkts);
-	return pkts;
+	begin_episode(tp, ca, tp->snd_nxt);
+	trace(tp, ca, DCTCP_RECORD_REDUCTION, ca->ece, 0, ca->target);
+	return ca->target;
 }
 
-/*
- * Loss (RFC 3.5): react as a conventional TCP, once per window. The kernel has asked for ssthresh before it enters
- * Recovery or Loss, in this episode of congestion or when marks began it: halve what the window was then.
- */
+/* The sender's window. Called at the end of every ACK that acknowledged something new, after the kernel's own state. */
 SEC("struct_ops")
-void BPF_PROG(dctcp_set_state, struct sock *sk, __u8 new_state)
+void BPF_PROG(dctcp_cong_control, struct sock *sk)
 {
 	struct tcp_sock *tp = tcp_sk(sk);
 	struct dctcp *ca = state_of(tp);
+	__u32 delivered = tp->delivered - ca->last_delivered;
+	__u8 ca_state = BPF_CORE_READ_BITFIELD(&tp->inet_conn, icsk_ca_state);
 
-	if (new_state == TCP_CA_RECOVERY || new_state == TCP_CA_LOSS) {
-		__u32 half = ca->reduced_from / 2;
-
-		if (!ca->reduction_fresh)
-			return; /* not congestion: the path's MTU shrank */
-		tp->snd_ssthresh = half > MIN_CWND_PKTS ? half : MIN_CWND_PKTS;
-		tp->snd_cwnd_cnt = 0;
-		trace(tp, ca, DCTCP_RECORD_LOSS, 0, 0, tp->snd_ssthresh);
-	} else if (new_state < TCP_CA_CWR) { /* Open or Disorder: the episode is over */
-		ca->reduction_fresh = 0;
+	ca->last_delivered = tp->delivered;
+	if (ca_state == TCP_CA_CWR || ca_state == TCP_CA_RECOVERY) {
+		if (!ca->reducing || ca->episode_end != tp->high_seq)
+			begin_episode(tp, ca, tp->high_seq); /* dctcp_ssthresh was passed over */
+		if (ca_state == TCP_CA_RECOVERY) {
+			/* A loss halves what the window was before the episode, also when marks began it. */
+			ca->target = at_least_min(ca->reduced_from / 2);
+			ca->fraction = 0;
+		}
+		tp->snd_ssthresh = ca->target;
+		approach_target(tp, ca, delivered);
+	} else {
+		if (ca_state == TCP_CA_LOSS) {
+			if (ca->reducing) /* a timeout: the kernel has set cwnd to one packet, slow start ends at half */
+				tp->snd_ssthresh = at_least_min(ca->reduced_from / 2);
+		} else if (ca->reducing) {
+			tp->snd_cwnd = ca->target;
+			tp->snd_ssthresh = ca->target;
+			tp->snd_cwnd_cnt = ca->fraction;
+		}
+		ca->reducing = 0;
+		tcp_reno_cong_avoid(sk, tp->snd_una, delivered);
+		ca->fraction = tp->snd_cwnd_cnt;
 	}
-}
-
-SEC("struct_ops")
-void BPF_PROG(dctcp_cong_avoid, struct sock *sk, __u32 ack, __u32 acked)
-{
-	tcp_reno_cong_avoid(sk, ack, acked);
+	set_pacing_rate(sk, tp);
 }
 
 /* The loss was none (RFC 3522, DSACK): back to the window before it. */
@@ -266,7 +250,14 @@ __u32 BPF_PROG(dctcp_undo_cwnd, struct sock *sk)
 	struct tcp_sock *tp = tcp_sk(sk);
 	struct dctcp *ca = state_of(tp);
 
+	ca->reducing = 0;
 	return tp->snd_cwnd > ca->reduced_from ? tp->snd_cwnd : ca->reduced_from;
+}
+
+/* The kernel wants one of these two; with cong_control it never calls this one. */
+SEC("struct_ops")
+void BPF_PROG(dctcp_cong_avoid, struct sock *sk, __u32 ack, __u32 acked)
+{
 }
 
 SEC(".struct_ops")
@@ -276,7 +267,7 @@ struct tcp_congestion_ops DCTCP_NAME = {
 	.init = (void *)dctcp_init,
 	.ssthresh = (void *)dctcp_ssthresh,
 	.cong_avoid = (void *)dctcp_cong_avoid,
-	.set_state = (void *)dctcp_set_state,
+	.cong_control = (void *)dctcp_cong_control,
 	.cwnd_event = (void *)dctcp_cwnd_event,
 	.in_ack_event = (void *)dctcp_in_ack_event,
 	.undo_cwnd = (void *)dctcp_undo_cwnd,

@@ -8,10 +8,8 @@
 #define FABRICPILOT_TRANSPORT_DCTCP_TRACE_H
 
 #define DCTCP_RECORD_ACK 0
-#define DCTCP_RECORD_REDUCTION 1 /* congestion signalled by ECN, or first sight of a loss */
-#define DCTCP_RECORD_LOSS 2      /* what the window becomes because of a loss */
-#define DCTCP_RECORD_INIT 3      /* the connection stands, the estimate begins */
-#define DCTCP_RECORD_REPAIR 4    /* the kernel had passed a program over; see repair() */
+#define DCTCP_RECORD_REDUCTION 1 /* an episode of congestion begins; ece: because of marks */
+#define DCTCP_RECORD_INIT 2      /* the connection stands, the estimate begins */
 
 #define DCTCP_TRACE_RECORDS 65536
 
@@ -21,8 +19,8 @@ struct dctcp_record {
 	__u32 snd_nxt;
 	__u32 alpha; /* after this ACK, unit 2^-20 */
 	__u32 cwnd_pkts;
-	__u32 ssthresh_pkts; /* of a reduction or a loss: the result */
-	__u32 cwnd_cnt;      /* of a reduction: the fraction of a packet that is kept, unit 1/ssthresh_pkts */
+	__u32 ssthresh_pkts; /* of a reduction: the window to reach */
+	__u32 fraction;      /* of a packet: that window's, unit 1 / ssthresh_pkts; otherwise cwnd's, unit 1 / cwnd_pkts */
 	__u16 local_port;
 	__u16 remote_port;
 	__u8 kind;
@@ -72,7 +70,7 @@ static __always_inline void trace(const struct tcp_sock *tp, const struct dctcp 
 	record->alpha = ca->alpha;
 	record->cwnd_pkts = tp->snd_cwnd;
 	record->ssthresh_pkts = ssthresh_pkts;
-	record->cwnd_cnt = tp->snd_cwnd_cnt;
+	record->fraction = ca->fraction;
 	record->local_port = sk->__sk_common.skc_num;
 	record->remote_port = bpf_ntohs(sk->__sk_common.skc_dport);
 	record->kind = kind;
