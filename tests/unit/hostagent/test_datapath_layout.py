@@ -1,4 +1,4 @@
-"""Settings to bytes and back, the source as one text, the fingerprint: the parts of the data path that need no kernel."""
+"""Settings to bytes and back, the source as one text, the fingerprint: what needs no kernel."""
 
 import shutil
 
