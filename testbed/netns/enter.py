@@ -4,6 +4,7 @@
 work in our own process is done in a thread that has moved into the namespace and ends there.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TypeVar
 from fabricpilot.errors import KernelError
 
 NETNS_DIR = Path("/run/netns")
+_CLONE_NEWNET = 0x40000000
 
 T = TypeVar("T")
 
@@ -27,14 +29,12 @@ def call_in(namespace: str, function: Callable[[], T]) -> T:
 
     Sockets opened inside stay in that namespace for their whole life.
     """
-    from pyroute2 import netns
-
     result: list[T] = []
     failure: list[BaseException] = []
 
     def inside() -> None:
         try:
-            netns.setns(namespace, flags=0)  # 0: without O_CREAT, a name that does not exist is an error
+            _move_this_thread(namespace)
             result.append(function())
         except BaseException as error:  # handed to the caller's thread, whatever it is
             failure.append(error)
@@ -63,3 +63,15 @@ def set_sysctls(namespace: str, values: Mapping[str, str]) -> None:
                 raise KernelError(f"sysctl {name} = '{value}' is refused: {os.strerror(error.errno or 0)}") from error
 
     call_in(namespace, write)
+
+
+def _move_this_thread(namespace: str) -> None:
+    # Not by pyroute2, whose namespace functions fork: in a process with threads a fork can hang for ever.
+    descriptor = os.open(NETNS_DIR / namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(descriptor, _CLONE_NEWNET):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error), namespace)
+    finally:
+        os.close(descriptor)

@@ -125,6 +125,8 @@ class Programs:
         """
         self.log_dir.mkdir(parents=True, exist_ok=True)
         log = self.log_dir / f"{name}.log"
+        if all(program.name != name for program in self.started):
+            log.unlink(missing_ok=True)  # of an earlier run in the same directory; a restart in this one adds to it
         with log.open("ab") as errors:
             popen = subprocess.Popen(
                 argv_in(namespace, argv),

@@ -128,19 +128,15 @@ class Run:
         Raises:
             FabricpilotError: something could not be removed; the register is kept, so that it can be tried again.
         """
-        from pyroute2 import netns
-
         found = self.contents()
         _end([Process(*entry) for entry in self._entries("processes")])
         failed: list[str] = []
-        for mount in found.mounts:
-            if subprocess.run(["umount", mount], capture_output=True, check=False).returncode:
-                failed.append(mount)
-        for namespace in found.namespaces:
-            try:
-                netns.remove(namespace)
-            except OSError as error:
-                failed.append(f"{namespace} ({error.strerror})")
+        steps = [(mount, ["umount", mount]) for mount in found.mounts]
+        steps += [(namespace, ["ip", "netns", "delete", namespace]) for namespace in found.namespaces]
+        for what, command in steps:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                failed.append(f"{what} ({done.stderr.strip()})")
         if failed:
             raise FabricpilotError(f"run {self.name}: cannot remove {', '.join(failed)}; look at what holds them")
         shutil.rmtree(self.dir, ignore_errors=True)

@@ -17,12 +17,11 @@ What the network is made to be, and why:
   socket (`flows.protocol`): a namespace may not choose one that the machine restricts.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fabricpilot.errors import FabricpilotError, KernelError, UsageError
+from fabricpilot.errors import KernelError, UsageError
 from testbed.netns.enter import set_sysctls
 from testbed.netns.registry import Run
 
@@ -113,14 +112,17 @@ class StarPlan:
             management_address=f"10.20.0.{number + 1}",
         )
 
-    def describe(self) -> Iterator[str]:
-        """One line per thing that `build` makes."""
-        for namespace in self.namespaces:
-            yield f"namespace {namespace}"
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """What `build` does: (namespace, its `ip` commands), in order."""
+        for switch, ports in ((self.switch, self._data_ports()), (self.management, self._management_ports())):
+            lines = ["link add br0 type bridge mcast_snooping 0", "link set br0 up"]
+            for name, namespace, port in ports:
+                lines.append(f"link add {name} type veth peer name {port} netns {namespace}")
+                lines.append(f"link set {name} master br0 up")
+            yield switch, lines
         for host in self.hosts:
-            yield f"link {host.namespace}/{DATA_PORT} {host.address} -- {self.switch}/{host.name}"
-            yield f"link {host.namespace}/mgmt0 {host.management_address} -- {self.management}/{host.name}"
-        yield f"link {self.controller}/mgmt0 {self.controller_address} -- {self.management}/ctl"
+            yield host.namespace, ["link set lo up", *_management_end(host.management_address), *self._data_end(host)]
+        yield self.controller, ["link set lo up", *_management_end(self.controller_address)]
 
     def build(self) -> None:
         """Make namespaces, links and addresses. What fails half-way is removed with the run.
@@ -128,64 +130,41 @@ class StarPlan:
         Raises:
             KernelError: the kernel refused; names what.
         """
-        from pyroute2 import IPRoute, netns
-        from pyroute2.netlink.exceptions import NetlinkError
-
-        try:
-            for namespace in self.namespaces:
-                self.run.record_namespace(namespace)
-                netns.create(namespace)
-            for namespace in self.namespaces:
-                set_sysctls(namespace, SYSCTLS)
-            with ExitStack() as opened:
-                inside = {n: opened.enter_context(IPRoute(netns=n)) for n in self.namespaces}
-                self._switches(inside)
-                for host in self.hosts:
-                    self._connect(inside, host)
-                self._port(inside, self.controller, "mgmt0", self.management, "ctl", self.controller_address)
-        except (OSError, NetlinkError) as error:
-            raise KernelError(f"cannot build the star of {self.senders} senders: {error}") from error
-
-    def _switches(self, inside: dict[str, Any]) -> None:
-        for namespace in (self.switch, self.management):
-            link = inside[namespace]
-            link.link("add", ifname="br0", kind="bridge", br_mcast_snooping=0)
-            link.link("set", index=_index(link, "br0"), state="up")
         for namespace in self.namespaces:
-            inside[namespace].link("set", index=_index(inside[namespace], "lo"), state="up")
+            self.run.record_namespace(namespace)
+            _run_ip(["netns", "add", namespace])
+            set_sysctls(namespace, SYSCTLS)
+        for namespace, lines in self.commands():
+            _run_ip(["-netns", namespace, "-batch", "-"], "".join(f"{line}\n" for line in lines))
 
-    def _connect(self, inside: dict[str, Any], host: Host) -> None:
-        self._port(inside, host.namespace, "mgmt0", self.management, host.name, host.management_address)
-        self._port(inside, host.namespace, DATA_PORT, self.switch, host.name, None)
-        link = inside[host.namespace]
-        index = _index(link, DATA_PORT)
-        link.link("set", index=index, address=host.mac, gso_max_segs=1)
-        link.addr("add", index=index, address=host.address, prefixlen=24)
-        link.addr("add", index=index, address=host.address6, prefixlen=64)
+    def _data_ports(self) -> list[tuple[str, str, str]]:
+        return [(host.name, host.namespace, DATA_PORT) for host in self.hosts]
+
+    def _management_ports(self) -> list[tuple[str, str, str]]:
+        hosts = [(host.name, host.namespace, "mgmt0") for host in self.hosts]
+        return [*hosts, ("ctl", self.controller, "mgmt0")]
+
+    def _data_end(self, host: Host) -> Iterator[str]:
+        yield f"link set {DATA_PORT} address {host.mac} mtu {MTU_BYTES} gso_max_segs 1 up"
+        yield f"address add {host.address}/24 dev {DATA_PORT}"
+        yield f"address add {host.address6}/64 dev {DATA_PORT}"
         for other in self.hosts:
             if other != host:
                 for address in (other.address, other.address6):
-                    link.neigh("add", dst=address, lladdr=other.mac, ifindex=index, state="permanent")
-        metrics = {"rto_min": RTO_MIN_MS}
-        link.route("replace", dst="10.10.0.0/24", oif=index, prefsrc=host.address, scope="link", metrics=metrics)
-        link.route("replace", dst="fd10::/64", oif=index, metrics=metrics, priority=1)
-
-    def _port(
-        self, inside: dict[str, Any], namespace: str, port: str, switch: str, switch_port: str, address: str | None
-    ) -> None:
-        """A veth pair between `port` in `namespace` and `switch_port` on the bridge in `switch`."""
-        link = inside[switch]
-        link.link("add", ifname=switch_port, kind="veth", peer={"ifname": port, "net_ns_fd": namespace})
-        link.link("set", index=_index(link, switch_port), master=_index(link, "br0"), state="up")
-        end = inside[namespace]
-        index = _index(end, port)
-        end.link("set", index=index, mtu=MTU_BYTES, state="up")
-        if address is not None:
-            end.addr("add", index=index, address=address, prefixlen=24)
+                    yield f"neighbour add {address} lladdr {other.mac} dev {DATA_PORT} nud permanent"
+        yield f"route change 10.10.0.0/24 dev {DATA_PORT} src {host.address} scope link rto_min {RTO_MIN_MS}ms"
+        yield f"route add fd10::/64 dev {DATA_PORT} metric 1 rto_min {RTO_MIN_MS}ms"
 
 
-def _index(link: Any, name: str) -> int:
-    found = link.link_lookup(ifname=name)
-    if not found:
-        raise FabricpilotError(f"the link {name} has disappeared from the testbed")
-    return int(found[0])
+def _management_end(address: str) -> list[str]:
+    return [f"link set mgmt0 mtu {MTU_BYTES} up", f"address add {address}/24 dev mgmt0"]
+
+
+def _run_ip(arguments: Sequence[str], batch: str = "") -> None:
+    try:
+        done = subprocess.run(["ip", *arguments], input=batch, capture_output=True, text=True, check=False, timeout=30)
+    except FileNotFoundError:
+        raise KernelError("there is no 'ip' command here; install the package iproute2") from None
+    if done.returncode:
+        said = done.stderr.strip().replace("\n", " ")
+        raise KernelError(f"cannot build the star ('ip {' '.join(arguments)}'): {said}")
