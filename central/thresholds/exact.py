@@ -30,7 +30,7 @@ _ZOOM = 7  # candidates around each threshold
 _ZOOM_ROUNDS = 3  # each three times finer
 _ZOOM_CELLS = 32
 _LEAST_RATIO = 1.25  # between thresholds: closer ones are worth nothing and make a level nobody is in
-_FINAL_CELLS = 64  # and twice as many, extrapolated: about 1e-6
+_FINAL_CELLS = 48  # and twice as many, extrapolated: about 1e-6
 
 
 def optimise(
