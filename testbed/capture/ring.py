@@ -110,19 +110,24 @@ class RingCapture:
 
 
 def _open(ignored_ports: tuple[str, ...], blocks: int) -> socket.socket:
-    opened = socket.socket(
-        socket.AF_PACKET, socket.SOCK_RAW, 0
-    )  # protocol 0: nothing arrives before the filter is there
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))  # on every port
     try:
         opened.setsockopt(_SOL_PACKET, _PACKET_VERSION, _TPACKET_V2)
         _attach_filter(opened, _arrivals_except([socket.if_nametoindex(port) for port in ignored_ports]))
+        # Packets that came before the filter are thrown away when the ring takes their place.
         request = struct.pack("=IIII", _BLOCK_BYTES, blocks, _FRAME_BYTES, blocks * _FRAMES_PER_BLOCK)
         opened.setsockopt(_SOL_PACKET, _PACKET_RX_RING, request)
-        opened.bind(("", _ETH_P_ALL))  # no name: every port
+        _counters(opened)  # reading resets them: those packets were not missed
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def _counters(opened: socket.socket) -> int:
+    """Packets that found no room since this was last asked."""
+    _, dropped = struct.unpack("=II", opened.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+    return int(dropped)
 
 
 def _arrivals_except(ignored: list[int]) -> list[tuple[int, int, int, int]]:
