@@ -30,6 +30,7 @@ class Host:
         self.name, self.peer = name, peer
         self.options = ("--pin-dir", str(pins / "fabricpilot"), "--set", f"host.run_dir={directory}", "-i", "nic")
         self.log = (directory / "agent.log").open("w")
+        self.started = []
         with IPRoute(netns=name) as ipr:
             ipr.link("add", ifname="nic", kind="veth", peer={"ifname": "nic", "net_ns_fd": peer})
         for namespace, address in ((name, "10.9.1.1"), (peer, "10.9.1.2")):
@@ -60,6 +61,7 @@ class Host:
             stdout=self.log,
             stderr=self.log,
         )
+        self.started.append(process)
         wait_for(lambda: self.status()["agent"] == "running", process)
         return process
 
@@ -85,6 +87,9 @@ def host(make_netns, tmp_path):
     with bpf_file_system(tmp_path / "bpf") as pins:
         made = Host(make_netns("host"), make_netns("peer"), tmp_path, pins)
         yield made
+        for process in made.started:  # those a failed test left behind
+            if process.poll() is None:
+                kill(process)
         made.agent("detach")
         made.log.close()
 
