@@ -13,13 +13,19 @@ import pytest
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.errors import KernelError, UsageError
+from fabricpilot.levels import Thresholds
+from testbed.capture.oracle import InForce, check
+from testbed.capture.packets import read_packets
+from testbed.capture.ring import RingCapture
 from testbed.flows.recorded import RecordedTrace
 from testbed.flows.replay import replay
 from testbed.netns import star as star_module
 from testbed.netns.enter import argv_in, call_in
 from testbed.netns.programs import Programs
 from testbed.netns.registry import Run, clean
-from testbed.netns.star import DATA_PORT, StarPlan
+from testbed.netns.star import BOTTLENECK_PORT, DATA_PORT, StarPlan
+from testbed.netns.switch_port import port_counters, shape
+from testbed.netns.tcp import base_rtt_us, tcp_counters
 
 
 @pytest.fixture
@@ -158,3 +164,40 @@ def test_programs_end_with_their_children(run: Run, tmp_path: Path) -> None:
     time.sleep(0.05)
     status = Path(f"/proc/{pid}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_capture_sees_every_packet_of_a_flow(run: Run, tmp_path: Path) -> None:
+    star = StarPlan(run, 2)
+    star.build()
+    ring = RingCapture(star.switch, (BOTTLENECK_PORT, "br0"), 20_000)
+    sizes = np.array([100_000, 3_000_000], np.int64)
+    trace = RecordedTrace(np.array([0, 1_000_000]), sizes, np.array([0, 1]))
+    assert replay(star, Programs(run, tmp_path / "logs"), trace, tmp_path, drain_s=5).lost == 0
+    ring.stop()
+    count = ring.save(tmp_path / "capture.pcap")
+    ring.close()
+    assert ring.missed == 0
+    packets = list(read_packets(tmp_path / "capture.pcap"))
+    assert 0 < len(packets) <= count
+    payload = {host.address: 0 for host in star.sender_hosts}
+    for packet in packets:
+        payload[packet.flow.source] += packet.payload_bytes  # a packet of the receiver would be a KeyError
+        assert packet.payload_bytes <= 1448  # one packet is one wire packet
+    assert list(payload.values()) == sizes.tolist()  # nothing was lost, so nothing was sent twice
+    # Nobody tags here, so all packets carry DSCP 0: the oracle must call every one of them wrong.
+    history = {host.address: [InForce(0, 0, Thresholds((20_000, 40_000, 60_000)))] for host in star.sender_hosts}
+    verdict = check(packets, history, (32, 24, 16, 8))
+    assert (verdict.flows, verdict.checked, verdict.correct) == (2, len(packets), 0)
+    assert verdict.incomplete_flows == 0
+
+
+def test_port_counters_and_rtt_come_from_the_star(run: Run, tmp_path: Path) -> None:
+    star = StarPlan(run, 1)
+    star.build()
+    programs = Programs(run, tmp_path / "logs")
+    for dscp in (None, (32, 24, 16, 8)):
+        shape(programs, star, 100_000_000, 64_000, dscp)
+        assert port_counters(programs, star).dropped == 0
+    assert 1 < base_rtt_us(star) < 100_000
+    before = tcp_counters(star)
+    assert tcp_counters(star).since(before).retransmitted_segments == 0
