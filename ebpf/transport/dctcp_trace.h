@@ -26,7 +26,7 @@ struct dctcp_record {
 	__u8 kind;
 	__u8 ece;
 	__u8 window_ended;
-	__u8 pad;
+	__u8 reducing; /* cwnd is on its way down, so it is not the window that counts */
 };
 
 #ifdef DCTCP_TRACE
@@ -76,6 +76,7 @@ static __always_inline void trace(const struct tcp_sock *tp, const struct dctcp 
 	record->kind = kind;
 	record->ece = ece;
 	record->window_ended = window_ended;
+	record->reducing = ca->reducing;
 }
 
 #else

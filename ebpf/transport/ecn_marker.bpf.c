@@ -172,6 +172,14 @@ static __always_inline void count(struct marker_stats *stats, const struct marke
 		stats->queue_bytes_max = queue_bytes; /* a lost race costs one sample of the maximum */
 }
 
+/* CE, if the packet can do ECN. A tag inside the frame (not beside it, as usual) would lead the helper to the tag. */
+static __always_inline int mark(struct __sk_buff *ctx)
+{
+	if (ctx->protocol != bpf_htons(ETH_P_IP) && ctx->protocol != bpf_htons(ETH_P_IPV6))
+		return 0;
+	return bpf_skb_ecn_set_ce(ctx) > 0;
+}
+
 SEC("tc")
 int ecn_marker(struct __sk_buff *ctx)
 {
@@ -192,7 +200,7 @@ int ecn_marker(struct __sk_buff *ctx)
 	}
 	count(stats, config, queue_bytes);
 	if (queue_bytes > config->k_bytes) {
-		if (bpf_skb_ecn_set_ce(ctx) > 0)
+		if (mark(ctx))
 			__sync_fetch_and_add(&stats->marked, 1);
 		else
 			__sync_fetch_and_add(&stats->not_capable, 1);

@@ -11,7 +11,7 @@ namespace goes or `detach_marker` is called.
 import ctypes
 import mmap
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from testbed.transport.port import Port, open_port
 Mode = Literal["auto", "real", "virtual"]
 
 DEFAULT_GAMMA = 0.95  # HULL (NSDI 2012): 5 % of the link buys a real queue near zero
+SWITCH_MAJOR = 0xFAB  # of the root qdisc that tc_scripts/switch makes
+_CONTROL_DSCPS = (48, 56)  # CS6 and CS7 go first there
 _CAP_FACTOR = 8  # the virtual queue forgets what exceeds this many K
 _BINS_PER_K = 16
 _MAX_U32 = 2**32 - 1
@@ -108,6 +110,18 @@ def detach_marker(netns: str | None, interface: str) -> bool:
     """Remove a marker that a killed process left on a port; returns whether there was one."""
     with open_port(netns, interface) as port:
         return port.remove_filter()
+
+
+def classes_of_bands(dscp: Sequence[int], major: int = SWITCH_MAJOR) -> dict[int, int]:
+    """`class_by_dscp` for a port that `tc_scripts/switch --levels K` made: one threshold per band.
+
+    Args:
+        dscp: code point of each level, first level first.
+        major: major number of the port's root qdisc.
+    """
+    bands = [major << 16 | band for band in range(1, len(dscp) + 1)]
+    by_dscp = dict.fromkeys(range(MAX_DSCP + 1), bands[-1]) | dict.fromkeys(_CONTROL_DSCPS, bands[0])
+    return by_dscp | dict(zip(dscp, bands, strict=True))
 
 
 def recommended_k_bytes(rate_bps: float, rtt_s: float, packet_bytes: int = 1514) -> int:

@@ -1,13 +1,12 @@
-"""The sender of RFC 8257 as the RFC writes it, in exact fractions: what the kernel's integers are held against.
+"""The sender of RFC 8257 as the RFC writes it, in real numbers: what the kernel's integers are held against.
 
 Written from section 3.3 of the RFC, independently of `ebpf/transport/dctcp.bpf.c`. Sequence numbers are 32 bits and
 wrap.
 """
 
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 
-GAIN = Fraction(1, 16)  # DCTCP.g
+GAIN = 1 / 16  # DCTCP.g
 
 
 def after(a: int, b: int) -> bool:
@@ -26,8 +25,8 @@ class CongestionEstimate:
 
     window_end: int
     snd_una: int
-    gain: Fraction = GAIN
-    alpha: Fraction = field(default=Fraction(1))
+    gain: float = GAIN
+    alpha: float = 1.0
     bytes_acked: int = 0
     bytes_marked: int = 0
 
@@ -40,13 +39,13 @@ class CongestionEstimate:
             self.bytes_marked += acked
         if not after(ack, self.window_end):  # 4
             return False
-        marked_fraction = Fraction(self.bytes_marked, self.bytes_acked)  # 5, M
+        marked_fraction = self.bytes_marked / self.bytes_acked  # 5, M
         self.alpha = self.alpha * (1 - self.gain) + self.gain * marked_fraction  # 6
         self.window_end = snd_nxt  # 7
         self.bytes_acked = self.bytes_marked = 0  # 8
         return True
 
 
-def reduced_window(cwnd: Fraction, alpha: Fraction) -> Fraction:
+def reduced_window(cwnd: float, alpha: float) -> float:
     """The congestion window after ECN congestion (section 3.3, step 9): cwnd * (1 - alpha / 2), in cwnd's unit."""
     return cwnd * (1 - alpha / 2)

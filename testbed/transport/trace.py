@@ -32,7 +32,7 @@ RECORD = np.dtype(
         ("kind", "u1"),
         ("ece", "u1"),
         ("window_ended", "u1"),
-        ("pad", "u1"),
+        ("reducing", "u1"),
     ],
     align=True,
 )
