@@ -1,0 +1,1 @@
+"""Files a mapping comes from and a plan goes to."""

@@ -1,0 +1,1 @@
+"""What a cluster, an objective, a planning problem and a plan are."""

@@ -1,0 +1,79 @@
+"""From a problem to a plan that may be shown: run a solver, put moves into batches, check, report.
+
+No plan leaves here that the independent checker has not replayed.
+"""
+
+from collections.abc import Callable
+
+from central.planner import checker
+from central.planner.model.plan import Plan
+from central.planner.model.problem import Deadline, Problem, Solution, check_limits
+from central.planner.solvers.batches import moves_of
+from central.planner.solvers.registry import Solver, solver
+from fabricpilot.errors import FabricpilotError, UsageError
+
+
+def make_plan(problem: Problem, name: str, seconds: float, seed: int = 0) -> Plan:
+    """A checked plan by the solver of that name.
+
+    Raises:
+        UsageError: unknown solver, impossible limits, or a goal that is proven to be out of reach.
+        FabricpilotError: the checker refused the plan: a bug, never shown as a plan.
+    """
+    return plan_by(problem, name, solver(name), seconds, seed)
+
+
+def plan_by(problem: Problem, name: str, run: Solver | Callable[..., Solution], seconds: float, seed: int) -> Plan:
+    """Like `make_plan`, by any function that is a solver."""
+    check_limits(problem.limits, problem.mapping.vms)
+    warm_up()
+    deadline = Deadline(seconds)
+    solution = run(problem, deadline, seed)
+    goal = problem.objective.goal
+    if solution.impossible:
+        raise UsageError(
+            f"goal {goal:g} is out of reach with at most {problem.limits.mnl} moves: proven; raise --mnl or the goal"
+        )
+    moves = moves_of(problem.mapping, solution.steps)
+    report = checker.check(problem.mapping, moves, problem.objective, problem.limits)
+    if report.violation:
+        raise FabricpilotError(
+            f"solver {name} made a plan that the checker refuses ({report.violation}): please report"
+        )
+    notes = solution.notes
+    if goal is not None and report.worths[-1].fragment_rate > goal + 1e-9:
+        notes += (f"the goal {goal:g} was not reached",)
+    return Plan(
+        moves=moves,
+        initial=report.worths[0],
+        final=report.worths[-1],
+        prefixes=report.worths[1:],
+        bound=solution.bound,
+        solver=name,
+        seconds=deadline.elapsed_s,
+        mnl=problem.limits.mnl,
+        seed=seed,
+        objective=problem.objective.text,
+        notes=notes,
+    )
+
+
+def warm_up() -> None:
+    """Have the compiled kernels loaded before the clock starts; the very first time compiles them (some 10 s)."""
+    from central.planner.generator import SHAPES, generate
+    from central.planner.model.cluster import Cluster
+    from central.planner.model.objective import parse_objective
+    from central.planner.model.problem import Limits
+    from central.planner.model.state import State, Valuation
+    from central.planner.solvers.columns import Master
+
+    global _warm
+    if _warm:
+        return
+    cluster = Cluster(generate(SHAPES["tiny"], 0))
+    valuation = Valuation.of(parse_objective("fr"), cluster)
+    Master(State(cluster), valuation, Limits(mnl=2)).solve(Deadline(5.0))
+    _warm = True
+
+
+_warm = False

@@ -1,0 +1,209 @@
+"""Every solver: no violation, never worse than the start. The exact ones: the true optimum, the two models agreeing."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from central.planner import checker
+from central.planner.generator import SHAPES, Shape, generate
+from central.planner.model.cluster import Cluster
+from central.planner.model.objective import parse_objective, parse_request
+from central.planner.model.plan import Move, Place
+from central.planner.model.problem import Deadline, Limits, Problem
+from central.planner.model.state import State, Valuation
+from central.planner.planning import make_plan, plan_by
+from central.planner.replan import replan
+from central.planner.solvers.batches import moves_of
+from central.planner.solvers.columns import Master, applies
+from central.planner.solvers.grouped import Grouped
+from central.planner.solvers.registry import SOLVERS
+from central.planner.solvers.room import make_room
+from fabricpilot.errors import FabricpilotError, UsageError
+
+
+@pytest.fixture(scope="module")
+def small():
+    return generate(replace(SHAPES["small"], affinity_sets=30, immovable_share=0.1, outage_pms=2, pms_per_rack=5), 1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("objective", ["fr", "mixed", "multi", "fr-goal:0.3"])
+def test_plans_are_legal_and_no_worse(small, pose, name, objective):
+    plan = make_plan(pose(small, 12, objective), name, 4.0, seed=3)
+    assert plan.final.fragment_rate <= plan.initial.fragment_rate + 1e-12
+    assert len(plan.moves) <= 12
+    if plan.bound is not None:
+        assert plan.bound <= plan.final.fragment_rate + 1e-9
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_limits_hold(small, pose, name):
+    # The checker inside make_plan refuses any plan that breaks one of these.
+    limits = {"max_bytes": 200 * 2**30, "per_pm": 2, "per_tenant": 2, "fixed": frozenset(range(0, 300, 3))}
+    plan = make_plan(pose(small, 20, "fr", **limits), name, 4.0)
+    assert plan.final.slots >= plan.initial.slots
+
+
+@pytest.mark.parametrize("name", ["greedy", "swap", "packing", "exact", "auto"])
+def test_same_seed_same_plan(small, pose, name):
+    one, two = (make_plan(pose(small, 8), name, 10.0, seed=5) for _ in range(2))
+    assert one.moves == two.moves
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective"), product(["tiny", "small"], ["fr", "mixed", "multi", "16c*0.3+32c/2numa"])
+)
+def test_both_exact_models_agree(shape, objective):
+    mapping = generate(SHAPES[shape], 6)
+    cluster = Cluster(mapping)
+    valuation = Valuation.of(parse_objective(objective), cluster)
+    state, limits = State(cluster), Limits(6)
+    assert applies(cluster, valuation, limits)
+    by_pm = Master(state, valuation, limits).solve(Deadline(20.0))
+    whole = Grouped(state, valuation, limits).solve(20.0)
+    assert whole.proven
+    assert by_pm.value <= whole.bound + 1e-3
+    assert by_pm.bound >= whole.value - 1e-3
+    assert whole.value - by_pm.value <= max(1.0, 0.02 * whole.value)  # rounding the master loses little
+
+
+def test_memory_is_respected_by_the_decomposition():
+    mapping = generate(Shape(pms=30, vms=150, used_share=0.62, mem_gb_per_core=(2, 8)), 2)
+    cluster = Cluster(mapping)
+    valuation = Valuation.of(parse_objective("fr"), cluster)
+    state, limits = State(cluster), Limits(10)
+    by_pm = Master(state, valuation, limits).solve(Deadline(20.0))
+    whole = Grouped(state, valuation, limits).solve(20.0)
+    assert by_pm.bound >= whole.value - 1e-6
+    assert by_pm.value <= whole.bound + 1e-6
+
+
+def brute(mapping, moves_left, objective, seen):
+    """The best value reachable, by trying everything."""
+    best = checker.check(mapping, [], objective, Limits(0)).worths[0].fragment_rate
+    if moves_left == 0:
+        return best
+    for vm, machine in enumerate(mapping.vms):
+        here = Place(machine.pm, tuple(share.node for share in machine.shares))
+        for pm, host in enumerate(mapping.pms):
+            for node in host.nodes:
+                there = Place(pm, (node.number,))
+                if (
+                    there != here
+                    and not checker.check(mapping, [Move(vm, here, there)], objective, Limits(1)).violation
+                ):
+                    share = replace(machine.shares[0], node=node.number)
+                    moved = replace(machine, pm=pm, shares=(share,))
+                    after = replace(mapping, vms=(*mapping.vms[:vm], moved, *mapping.vms[vm + 1 :]))
+                    best = min(best, brute(after, moves_left - 1, objective, seen))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exact_is_the_optimum_by_brute_force(build, pose, seed):
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    vms = []
+    for pm, node in product(range(3), range(2)):
+        free = 20
+        while free > 6 and random.random() < 0.8:
+            cores = int(random.choice([2, 4, 6, 8]))
+            if cores <= free:
+                vms.append((pm, {node: cores}))
+                free -= cores
+    mapping = build([[20, 20]] * 3, vms)
+    expected = brute(mapping, 2, parse_objective("fr"), {})
+    for name in ("exact", "auto"):
+        plan = make_plan(pose(mapping, 2), name, 5.0)
+        assert plan.final.fragment_rate == pytest.approx(expected)
+        assert plan.gap == pytest.approx(0.0, abs=1e-6)
+
+
+def test_cycle_is_broken_through_a_spare_place(build, pose):
+    # 8 and 4+4 must change places; both nodes are full, only pm2 has room to wait in.
+    mapping = build([[24], [24], [9]], [(0, {0: 8}), (0, {0: 15}), (1, {0: 9}), (1, {0: 15})])
+    plan = make_plan(pose(mapping, 10), "exact", 5.0)
+    assert checker.check(mapping, plan.moves, parse_objective("fr"), Limits(10)).violation is None
+
+
+def test_goal_takes_the_fewest_moves(pose):
+    mapping = generate(SHAPES["small"], 2)
+    best = {mnl: make_plan(pose(mapping, mnl), "exact", 5.0) for mnl in (4, 5)}
+    assert all(plan.gap == pytest.approx(0.0, abs=1e-6) for plan in best.values())
+    goal = best[5].final.fragment_rate + 1e-6
+    assert best[4].final.fragment_rate > goal
+    plan = make_plan(pose(mapping, 20, f"fr-goal:{goal:.6f}"), "exact", 5.0)
+    assert len(plan.moves) == 5
+    with pytest.raises(UsageError, match="out of reach"):
+        make_plan(pose(mapping, 4, f"fr-goal:{goal:.6f}"), "exact", 5.0)
+
+
+def test_affinity_is_kept_where_it_binds(build, pose):
+    # vm0 would complete a slot on pm0 by leaving, but its twin sits on the only PM with room.
+    apart = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})], [[0, 1]])
+    free = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})])
+    for name in SOLVERS:
+        assert make_plan(pose(free, 1), name, 3.0).final.slots == 1
+        assert make_plan(pose(apart, 1), name, 3.0).final.slots == 0
+
+
+def test_make_room(build, pose):
+    mapping = build([[20, 20], [20, 20]], [(0, {0: 8}), (0, {1: 8}), (1, {0: 10}), (1, {1: 16})])
+    request = parse_request("32c/64G/2numa")
+    plan = plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, request, d, s), 5.0, 0)
+    free = {(0, 0): 20, (0, 1): 20, (1, 0): 20, (1, 1): 20}
+    at = [Place(vm.pm, tuple(share.node for share in vm.shares)) for vm in mapping.vms]
+    for move in plan.moves:
+        at[move.vm] = move.target
+    for vm, place in zip(mapping.vms, at, strict=True):
+        free[place.pm, place.nodes[0]] -= vm.cores
+    assert any(free[pm, 0] >= 16 and free[pm, 1] >= 16 for pm in (0, 1))
+    assert any("fewer" in note for note in plan.notes)
+    with pytest.raises(FabricpilotError, match="proven"):
+        plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, parse_request("80c/2numa"), d, s), 5.0, 0)
+
+
+def test_replan_keeps_what_holds(pose):
+    mapping = generate(SHAPES["small"], 4)
+    plan = make_plan(pose(mapping, 10), "exact", 5.0)
+    half = plan.moves[:5]
+    vms = list(mapping.vms)
+    for move in half:  # half of it was carried out
+        shares = tuple(replace(s, node=n) for s, n in zip(vms[move.vm].shares, move.target.nodes, strict=True))
+        vms[move.vm] = replace(vms[move.vm], pm=move.target.pm, shares=shares)
+    now = replace(mapping, vms=tuple(vms))
+    from central.planner.model.problem import Step
+
+    wishes = [Step(move.vm, move.target) for move in plan.moves]
+    again = plan_by(pose(now, 5), "replan", lambda p, d, s: replan(p, wishes, 0, d, s), 5.0, 0)
+    assert again.final.slots >= plan.final.slots
+    left = len(plan.moves) - 5
+    assert f"5 moves of the earlier plan are done, {left} kept, 0 dropped" in again.notes[0]
+
+
+def test_cost_of_copying_makes_moves_rarer(pose):
+    mapping = generate(SHAPES["small"], 1)
+    cheap = pose(mapping, 20)
+    dear = replace(cheap, objective=replace(cheap.objective, cost_per_gb=0.1))
+    plans = [make_plan(problem, "exact", 5.0) for problem in (cheap, dear)]
+    copied = [sum(mapping.vms[move.vm].mem_mb for move in plan.moves) for plan in plans]
+    assert 0 < copied[1] < copied[0]
+
+
+def test_batches_run_in_parallel_only_where_room_is(build):
+    from central.planner.model.problem import Step
+
+    mapping = build([[8], [8], [8]], [(0, {0: 8}), (1, {0: 8})])
+    moves = moves_of(mapping, [Step(0, Place(2, (0,))), Step(1, Place(0, (0,)))])
+    assert [move.batch for move in moves] == [0, 1]
+    assert checker.check(mapping, moves, parse_objective("fr"), Limits(2)).violation is None
+
+
+@pytest.mark.parametrize("limits", [{"mnl": -1}, {"max_bytes": -1}, {"per_pm": -5}])
+def test_impossible_limits(build, limits):
+    mapping = build([[16]], [(0, {0: 4})])
+    problem = Problem(mapping, parse_objective("fr"), Limits(**({"mnl": 1} | limits)))
+    with pytest.raises(UsageError, match="expected 0 or more"):
+        make_plan(problem, "greedy", 1.0)
