@@ -1,0 +1,75 @@
+"""The arrays that pass between the engine and its compiled kernels.
+
+Named tuples of numpy arrays: compiled code reads and writes them in place, and Python sees the result without a copy.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Paths = npt.NDArray[np.int32]
+
+# What a kernel's `advance` returns: all done, or what the engine has to do before it calls again.
+DONE, OUTPUT_FULL, NO_SLOT = range(3)
+
+# Entries of a kernel's counters: active flows, free slots, next arrival, finished flows in the output, events so far,
+# most flows at once; only in `fabric`: flows in its heap, bound of the slots ever used.
+ACTIVE, FREE, NEXT, OUT, EVENTS, PEAK, DUE, USED = range(8)
+
+
+class Rule(NamedTuple):
+    """How flows are ranked; see `rank`.
+
+    `thresholds` are bytes, float64, shape (hosts, K-1), one row per sending host.
+    """
+
+    order: int
+    basis: int
+    thresholds: Floats
+    buffer_bytes: float
+
+
+class Arrivals(NamedTuple):
+    """Flows to come, in order of start; shape (n,), `path` (n, hops) of link numbers, -1 where a path is shorter."""
+
+    start: Floats
+    size: Floats
+    host: Ints
+    destination: Ints
+    path: Paths
+    first_flow: int  # number of the first of them
+
+    @classmethod
+    def none(cls, first_flow: int = 0, hops: int = 1) -> "Arrivals":
+        """No arrivals."""
+        empty = np.zeros(0)
+        none = np.zeros(0, np.int64)
+        return cls(empty, empty, none, none, np.zeros((0, hops), np.int32), first_flow)
+
+
+class Finished(NamedTuple):
+    """Room for flows that ended; shape (room,). `peers`: most other flows it met in its level when it entered one."""
+
+    flow: Ints
+    start: Floats
+    size: Floats
+    fct: Floats  # of the fluid model, seconds, without latency
+    peers: Ints
+    host: Ints
+    destination: Ints
+
+    @classmethod
+    def room(cls, flows: int) -> "Finished":
+        """Room for so many flows."""
+        return cls(
+            flow=np.zeros(flows, np.int64),
+            start=np.zeros(flows),
+            size=np.zeros(flows),
+            fct=np.zeros(flows),
+            peers=np.zeros(flows, np.int64),
+            host=np.zeros(flows, np.int64),
+            destination=np.zeros(flows, np.int64),
+        )

@@ -1,0 +1,278 @@
+"""Kernel for any fabric: flows with paths, rates from `sharing`, one heap of what happens next.
+
+A flow sends at a constant rate between two events that touch it. Its next event (end, or change of level) is due at a
+time known when its rate was set; an indexed heap holds these times and is corrected for the flows whose rate changed,
+and only for those.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from simulator.arrays import (
+    ACTIVE,
+    DONE,
+    DUE,
+    EVENTS,
+    FREE,
+    NEXT,
+    NO_SLOT,
+    OUT,
+    OUTPUT_FULL,
+    PEAK,
+    USED,
+    Arrivals,
+    Finished,
+    Floats,
+    Ints,
+    Paths,
+    Rule,
+)
+from simulator.compiled import compiled
+from simulator.rank import place
+from simulator.sharing import Sharing, join, leave, update
+
+
+class Fabric(NamedTuple):
+    """All state but the rates.
+
+    Slots (shape (slots,)): size, remaining at the time `synced`, boundary (remaining bytes at which the level changes),
+    due (time of that), place in the heap (-1: the flow stands still), and as in `star.Star` the rest. A slot is in use
+    where `flow` is not -1.
+    """
+
+    size: Floats
+    remaining: Floats
+    boundary: Floats
+    synced: Floats
+    due: Floats
+    start: Floats
+    fixed: Ints
+    peers: Ints
+    host: Ints
+    destination: Ints
+    flow: Ints
+    at: Ints
+    heap: Ints
+    changed: Ints  # scratch
+    new_rate: Floats  # scratch
+    free: Ints
+    now: Floats  # shape (1,)
+    counters: Ints
+
+    @classmethod
+    def idle(cls, slots: int) -> "Fabric":
+        """No flows, room for `slots`."""
+        state = cls._make(
+            [np.zeros(slots) for _ in range(6)]
+            + [np.zeros(slots, np.int64) for _ in range(4)]
+            + [np.full(slots, -1, np.int64) for _ in range(2)]
+            + [np.zeros(slots, np.int64) for _ in range(2)]
+            + [np.zeros(slots), np.arange(slots - 1, -1, -1, dtype=np.int64), np.zeros(1), np.zeros(8, np.int64)]
+        )
+        state.counters[FREE] = slots
+        return state
+
+    def grown(self) -> "Fabric":
+        """The same state with room for twice as many active flows."""
+        slots = len(self.heap)
+        per_slot = {name: np.concatenate([a, np.zeros_like(a)]) for name, a in zip(_PER_SLOT, self, strict=False)}
+        per_slot["flow"][slots:] = -1
+        per_slot["at"][slots:] = -1
+        free = np.zeros(2 * slots, np.int64)
+        kept = int(self.counters[FREE])
+        free[:kept] = self.free[:kept]
+        free[kept : kept + slots] = np.arange(2 * slots - 1, slots - 1, -1)
+        self.counters[FREE] = kept + slots
+        return self._replace(**per_slot, free=free)
+
+
+_PER_SLOT = Fabric._fields[:15]
+
+
+@compiled
+def _up(heap: Ints, at: Ints, due: Floats, i: int) -> None:
+    slot = heap[i]
+    while i > 0:
+        parent = (i - 1) // 2
+        if due[heap[parent]] <= due[slot]:
+            break
+        heap[i] = heap[parent]
+        at[heap[i]] = i
+        i = parent
+    heap[i] = slot
+    at[slot] = i
+
+
+@compiled
+def _down(heap: Ints, n: int, at: Ints, due: Floats, i: int) -> None:
+    slot = heap[i]
+    while True:
+        child = 2 * i + 1
+        if child >= n:
+            break
+        if child + 1 < n and due[heap[child + 1]] < due[heap[child]]:
+            child += 1
+        if due[slot] <= due[heap[child]]:
+            break
+        heap[i] = heap[child]
+        at[heap[i]] = i
+        i = child
+    heap[i] = slot
+    at[slot] = i
+
+
+@compiled
+def _unschedule(f: Fabric, slot: int) -> None:
+    i = f.at[slot]
+    if i < 0:
+        return
+    f.counters[DUE] -= 1
+    n = f.counters[DUE]
+    f.at[slot] = -1
+    if i < n:
+        f.heap[i] = f.heap[n]
+        f.at[f.heap[i]] = i
+        _up(f.heap, f.at, f.due, i)
+        _down(f.heap, n, f.at, f.due, f.at[f.heap[i]])
+
+
+@compiled
+def _schedule(f: Fabric, slot: int, due: float) -> None:
+    earlier = due < f.due[slot]
+    f.due[slot] = due
+    i = f.at[slot]
+    if i < 0:
+        i = f.counters[DUE]
+        f.counters[DUE] += 1
+        f.heap[i] = slot
+        earlier = True
+    if earlier:
+        _up(f.heap, f.at, f.due, i)
+    else:
+        _down(f.heap, f.counters[DUE], f.at, f.due, i)
+
+
+@compiled
+def _sync(f: Fabric, x: Sharing, slot: int) -> None:
+    sent = x.rate[slot] * (f.now[0] - f.synced[slot])
+    f.remaining[slot] = max(f.remaining[slot] - sent, f.boundary[slot])
+    f.synced[slot] = f.now[0]
+
+
+@compiled
+def _apply_rates(f: Fabric, x: Sharing) -> None:
+    """Take over the rates of the flows that `sharing` changed, and when their next events are due."""
+    n = update(x, f.changed, f.new_rate)
+    for i in range(n):
+        slot = f.changed[i]
+        _sync(f, x, slot)
+        x.rate[slot] = f.new_rate[i]
+        if x.rate[slot] > 0.0:
+            _schedule(f, slot, f.now[0] + (f.remaining[slot] - f.boundary[slot]) / x.rate[slot])
+        else:
+            _unschedule(f, slot)
+
+
+@compiled
+def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
+    if f.fixed[slot] >= 0:
+        level, bound = f.fixed[slot], 0.0
+    else:
+        row = rule.thresholds[f.host[slot]]
+        level, bound = place(rule.basis, row, rule.buffer_bytes, f.size[slot], f.remaining[slot])
+    x.level[slot] = level
+    f.boundary[slot] = max(bound, 0.0)
+    for hop in range(x.path.shape[1]):
+        link = x.path[slot, hop]
+        if link >= 0:
+            f.peers[slot] = max(f.peers[slot], x.flows[link, level])
+    join(x, slot)
+
+
+@compiled
+def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float, out: Finished) -> int:
+    """Run every event up to the time `until`; as `star.advance`."""
+    c = f.counters
+    last, room = len(arrivals.start), len(out.flow)
+    while True:
+        if c[OUT] >= room:
+            return OUTPUT_FULL
+        next_arrival = arrivals.start[c[NEXT]] if c[NEXT] < last else np.inf
+        due = np.inf
+        if c[DUE] > 0:
+            due = max(f.due[f.heap[0]], f.now[0])
+        if min(due, next_arrival) > until or (c[DUE] == 0 and c[NEXT] >= last):
+            if until < np.inf:
+                f.now[0] = max(f.now[0], until)
+            return DONE
+        if due <= next_arrival:
+            c[EVENTS] += 1
+            slot = f.heap[0]
+            f.now[0] = due
+            f.synced[slot] = due
+            f.remaining[slot] = f.boundary[slot]
+            _unschedule(f, slot)
+            leave(x, slot)
+            if f.remaining[slot] > 0.0:
+                _enter_level(f, x, rule, slot)
+            else:
+                i = c[OUT]
+                out.flow[i], out.start[i], out.size[i] = f.flow[slot], f.start[slot], f.size[slot]
+                out.fct[i], out.peers[i] = due - f.start[slot], f.peers[slot]
+                out.host[i], out.destination[i] = f.host[slot], f.destination[slot]
+                c[OUT] += 1
+                f.flow[slot] = -1
+                x.level[slot] = -1
+                f.free[c[FREE]] = slot
+                c[FREE] += 1
+                c[ACTIVE] -= 1
+        else:
+            if c[FREE] == 0:
+                return NO_SLOT
+            c[EVENTS] += 1
+            f.now[0] = next_arrival
+            c[FREE] -= 1
+            slot = f.free[c[FREE]]
+            i = c[NEXT]
+            c[NEXT] += 1
+            c[ACTIVE] += 1
+            c[PEAK] = max(c[PEAK], c[ACTIVE])
+            c[USED] = max(c[USED], slot + 1)
+            f.size[slot] = f.remaining[slot] = arrivals.size[i]
+            f.start[slot] = f.synced[slot] = next_arrival
+            f.flow[slot] = arrivals.first_flow + i
+            f.host[slot], f.destination[slot] = arrivals.host[i], arrivals.destination[i]
+            f.fixed[slot], f.peers[slot] = -1, 0
+            x.path[slot] = arrivals.path[i]
+            _enter_level(f, x, rule, slot)
+        _apply_rates(f, x)
+
+
+@compiled
+def settle(f: Fabric, x: Sharing) -> None:
+    """Write into `remaining` what every active flow still has to send at this moment."""
+    for slot in range(f.counters[USED]):
+        if f.flow[slot] >= 0:
+            _sync(f, x, slot)
+
+
+@compiled
+def rank_all(f: Fabric, x: Sharing, rule: Rule) -> None:
+    """Find every active flow's level anew, after thresholds, verdicts or paths changed; call `settle` first."""
+    for slot in range(f.counters[USED]):
+        if f.flow[slot] >= 0:
+            _unschedule(f, slot)
+            leave(x, slot)
+            _enter_level(f, x, rule, slot)
+    _apply_rates(f, x)
+
+
+@compiled
+def move(f: Fabric, x: Sharing, rule: Rule, slot: int, path: Paths) -> None:
+    """Give a flow another path, and the level that its verdict `fixed` says; call `settle` first."""
+    _unschedule(f, slot)
+    leave(x, slot)
+    x.path[slot] = path
+    _enter_level(f, x, rule, slot)
+    _apply_rates(f, x)

@@ -1,0 +1,112 @@
+"""What the fluid model leaves out, as a few physical constants: headers, round trips, slow start, standing queues.
+
+The kernels move payload as a fluid. A flow's completion time is that fluid's time plus a latency found here, from its
+size and from how many peers it met in its queue (`peers`):
+
+    fct = fluid - newcomer gain + base + queue + slow start
+
+- base: one request over an idle path and both hosts.
+- queue: a queue that several senders share stands at the ECN marking threshold (DCTCP) or at the buffer (drop tail);
+  with one peer half of that, since two flows only sometimes fill it.
+- slow start: a window that starts at `initial_window` segments and grows by `window_growth` per round trip leaves the
+  link idle for `rtt + queue - window` in every round until it covers that round trip.
+- newcomer gain: among many peers a new flow's first windows are larger than a fair share. It gets at least one part in
+  `newcomer_share` of the link, until it is `newcomer_bytes` ahead of fair sharing.
+
+The constants were found once, on flows that met no other flow (base, rtt, window) and on small flows that met some
+(queue, newcomer), of the real 1 GbE testbed of PIAS (Bai et al., NSDI 2015); `docs/simulator.md` has the errors.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from fabricpilot.errors import UsageError
+from simulator.arrays import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Physics:
+    """Constants of hosts, links and transport; see the module's text. All are for every flow of a run."""
+
+    segment_bytes: int = 1448  # payload of a full segment: MTU 1500 less IPv4, TCP and timestamps
+    wire_bytes: int = 1538  # the same segment on the wire: with Ethernet header, FCS, preamble and gap
+    base_latency_s: float = 155e-6
+    rtt_s: float = 165e-6  # as the sender's window sees it, interrupt moderation included
+    initial_window: float = 3.0  # segments
+    window_growth: float = 1.5  # per round trip; delayed acknowledgements make it less than 2
+    newcomer_share: float = 3.5
+    newcomer_bytes: float = 350e3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{field.name} = {value}; it must be a number from 0")
+        if not 0 < self.segment_bytes <= self.wire_bytes:
+            raise UsageError(
+                f"a segment of {self.segment_bytes} bytes does not fit {self.wire_bytes} bytes on the wire"
+            )
+        if self.initial_window <= 0 or self.window_growth < 1 or self.newcomer_share < 1:
+            raise UsageError("initial_window must be above 0, window_growth and newcomer_share at least 1")
+
+    def goodput(self, rate_bps: float) -> float:
+        """Payload bytes per second of a link of `rate_bps`."""
+        return rate_bps / 8 * self.segment_bytes / self.wire_bytes
+
+
+IDEAL = Physics(
+    segment_bytes=1, wire_bytes=1, base_latency_s=0.0, rtt_s=0.0, newcomer_bytes=0.0
+)  # the fluid alone: no headers, no latency, no transport
+
+
+def completion_s(
+    physics: Physics, fluid_s: Floats, size_bytes: Floats, peers: Ints, goodput: Floats | float, queue_bytes: float
+) -> Floats:
+    """Completion times from the fluid's.
+
+    Args:
+        physics: the constants.
+        fluid_s: time in the fluid model, seconds, shape (n,).
+        size_bytes: payload of each flow, shape (n,).
+        peers: most flows that were in its level when it entered one, shape (n,).
+        goodput: payload bytes per second of the narrowest link on the path, one number or shape (n,).
+        queue_bytes: what stands in a queue that several flows share (payload bytes).
+    """
+    queue_s = queue_bytes / goodput * np.minimum(peers / 2, 1.0)
+    alone_s = size_bytes / goodput
+    gain_s = np.clip((peers + 1 - physics.newcomer_share) * alone_s, 0.0, physics.newcomer_bytes / goodput)
+    gain_s = np.minimum(gain_s, np.maximum(fluid_s - alone_s, 0.0))
+    result: Floats = (
+        fluid_s - gain_s + physics.base_latency_s + queue_s + slow_start_s(physics, size_bytes, queue_s, goodput)
+    )
+    return result
+
+
+def slow_start_s(physics: Physics, size_bytes: Floats, queue_s: Floats, goodput: Floats | float) -> Floats:
+    """Seconds the link waits for a flow's window to open, shape (n,)."""
+    idle_s = np.zeros(len(size_bytes))
+    round_trip_s = physics.rtt_s + queue_s
+    longest_s = float(round_trip_s.max(initial=0.0))
+    window_bytes = physics.initial_window * physics.segment_bytes
+    sent_bytes = window_bytes
+    largest = float(size_bytes.max(initial=0.0))
+    fastest = float(np.max(goodput, initial=0.0))
+    while sent_bytes < largest and window_bytes / fastest < longest_s:
+        waits = np.maximum(round_trip_s - window_bytes / goodput, 0.0)
+        idle_s += np.where(size_bytes > sent_bytes, waits, 0.0)
+        if physics.window_growth == 1:
+            # The window never opens: every further window waits as long.
+            further = np.maximum(np.ceil(size_bytes / window_bytes) - 2, 0.0)
+            whole: Floats = idle_s + further * waits
+            return whole
+        window_bytes *= physics.window_growth
+        sent_bytes += window_bytes
+    return idle_s
+
+
+def ideal_s(physics: Physics, size_bytes: Floats, goodput: Floats | float) -> Floats:
+    """Completion time of a flow alone on its path, the denominator of its slowdown; shape (n,)."""
+    nobody = np.zeros(len(size_bytes), np.int64)
+    return completion_s(physics, size_bytes / goodput, size_bytes, nobody, goodput, 0.0)

@@ -1,0 +1,332 @@
+"""Rates in a fabric: strict priority between levels, max-min fairness inside a level, kept up to date at every event.
+
+Each link has, per level, a fair share: no flow of that level gets more from this link. A flow's rate is the smallest
+share on its path. A link's share is its water level: what levels above left over, divided so that flows that other
+links hold lower keep their rate and the rest gets the same. If all links are in this state, every flow has a link that
+is full and where nobody of its level gets more: max-min fairness (Bertsekas and Gallager, Data Networks, 6.5.2).
+
+After a flow came, left or moved, only its links are looked at anew; where a share changes, the links of the flows that
+feel it follow, in order of asking, until nothing changes. It ends, because the smallest share of a level settles first,
+then the next (Charny, MIT 1994). Then what the level leaves over is compared with what the next level was given.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from simulator.arrays import Floats, Ints, Paths
+from simulator.compiled import compiled
+
+TOLERANCE = 1e-4  # share of a link's capacity below which a difference is passed over (0.01 %: mean FCT moves less)
+MAX_FABRIC_LEVELS = 64  # a link's occupied and pending levels are the bits of one integer
+
+# Entries of Sharing.counts.
+TOUCHED, PENDING, RECOMPUTED = range(3)
+
+
+class Sharing(NamedTuple):
+    """Per link and level: its flows (lists, per hop), share, given (what levels above left over) and used.
+
+    Entries of the lists are slot * hops + hop. `pending` holds per link the levels to look at, as bits, and
+    `pending_links` which links have any. `touched` are flows whose rate may have changed.
+    """
+
+    capacity: Floats  # (links,) payload bytes per second
+    path: Paths  # (slots, hops)
+    rate: Floats  # (slots,)
+    level: Ints  # (slots,)
+    previous: Ints  # (slots * hops,)
+    next: Ints  # (slots * hops,)
+    head: Ints  # (links, levels), -1 where empty
+    flows: Ints  # (links, levels), how many
+    share: Floats  # (links, levels), infinite where the link does not hold anybody back
+    given: Floats  # (links, levels)
+    used: Floats  # (links, levels)
+    pending: Ints  # (links,)
+    pending_links: Ints  # (links,)
+    queue: Ints  # (links,) of the level in work
+    urgency: Floats  # (links,) the smallest share that changed and reached the queued link
+    queued: Ints  # (links,)
+    is_touched: Ints  # (slots,)
+    touched: Ints  # (slots,)
+    limit: Floats  # (slots,) scratch of the water level
+    tolerance: Floats  # (1,)
+    counts: Ints
+
+    @classmethod
+    def idle(cls, capacity: Floats, levels: int, slots: int, hops: int, tolerance: float = TOLERANCE) -> "Sharing":
+        """No flows on links of the given capacities."""
+        links = len(capacity)
+        return cls(
+            capacity=capacity,
+            path=np.full((slots, hops), -1, np.int32),
+            rate=np.zeros(slots),
+            level=np.zeros(slots, np.int64),
+            previous=np.full(slots * hops, -1, np.int64),
+            next=np.full(slots * hops, -1, np.int64),
+            head=np.full((links, levels), -1, np.int64),
+            flows=np.zeros((links, levels), np.int64),
+            share=np.full((links, levels), np.inf),
+            given=np.zeros((links, levels)),
+            used=np.zeros((links, levels)),
+            pending=np.zeros(links, np.int64),
+            pending_links=np.zeros(links, np.int64),
+            queue=np.zeros(links, np.int64),
+            urgency=np.zeros(links),
+            queued=np.zeros(links, np.int64),
+            is_touched=np.zeros(slots, np.int64),
+            touched=np.zeros(slots, np.int64),
+            limit=np.zeros(slots),
+            tolerance=np.full(1, tolerance),
+            counts=np.zeros(3, np.int64),
+        )
+
+    def grown(self) -> "Sharing":
+        """The same with room for twice as many flows."""
+
+        def doubled(name: str) -> np.ndarray:
+            array = getattr(self, name)
+            return np.concatenate([array, np.zeros_like(array)])
+
+        slots = ("path", "rate", "level", "previous", "next", "is_touched", "touched", "limit")
+        return self._replace(**{name: doubled(name) for name in slots})
+
+
+@compiled
+def _mark(x: Sharing, link: int, level: int) -> None:
+    if x.pending[link] == 0:
+        x.pending_links[x.counts[PENDING]] = link
+        x.counts[PENDING] += 1
+    x.pending[link] |= np.int64(1) << np.int64(level)
+
+
+@compiled
+def _touch(x: Sharing, slot: int) -> None:
+    if x.is_touched[slot] == 0:
+        x.is_touched[slot] = 1
+        x.touched[x.counts[TOUCHED]] = slot
+        x.counts[TOUCHED] += 1
+
+
+@compiled
+def join(x: Sharing, slot: int) -> None:
+    """Put a flow, whose path and level are set, on its links; call `update` when all changes are made."""
+    hops = x.path.shape[1]
+    level = x.level[slot]
+    x.rate[slot] = 0.0
+    _touch(x, slot)
+    for hop in range(hops):
+        link = x.path[slot, hop]
+        if link < 0:
+            break
+        entry = slot * hops + hop
+        first = x.head[link, level]
+        x.previous[entry] = -1
+        x.next[entry] = first
+        if first >= 0:
+            x.previous[first] = entry
+        x.head[link, level] = entry
+        x.flows[link, level] += 1
+        _mark(x, link, level)
+
+
+@compiled
+def leave(x: Sharing, slot: int) -> None:
+    """Take a flow off its links; call `update` when all changes are made."""
+    hops = x.path.shape[1]
+    level = x.level[slot]
+    for hop in range(hops):
+        link = x.path[slot, hop]
+        if link < 0:
+            break
+        entry = slot * hops + hop
+        before, after = x.previous[entry], x.next[entry]
+        if before >= 0:
+            x.next[before] = after
+        else:
+            x.head[link, level] = after
+        if after >= 0:
+            x.previous[after] = before
+        x.flows[link, level] -= 1
+        if x.flows[link, level] == 0:
+            x.share[link, level] = np.inf
+        _mark(x, link, level)
+    x.rate[slot] = 0.0
+
+
+@compiled
+def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: int) -> float:
+    """The smallest share on a flow's path, two links left out."""
+    smallest = np.inf
+    for hop in range(path.shape[1]):
+        link = path[slot, hop]
+        if link < 0:
+            break
+        if link != but and link != nor and share[link, level] < smallest:
+            smallest = share[link, level]
+    return smallest
+
+
+@compiled
+def _water_level(limit: Floats, n: int, given: float) -> float:
+    """The share that fills `given` when the first `n` flows take no more than their `limit` (reordered)."""
+    left, sharing = given, n
+    while sharing > 0:
+        share = max(left, 0.0) / sharing
+        kept = 0
+        for i in range(sharing):  # those held lower elsewhere keep that and drop out
+            if limit[i] < share:
+                left -= limit[i]
+            else:
+                limit[kept] = limit[i]
+                kept += 1
+        if kept == sharing:
+            return share
+        sharing = kept
+    return np.inf
+
+
+@compiled
+def _settle_level(x: Sharing, level: int) -> None:
+    """Recompute shares of the pending links of one level, and of those that feel it, until none changes."""
+    capacity, path, share, limit, used = x.capacity, x.path, x.share, x.limit, x.used
+    head, following, queue, queued, pending, pending_links = (
+        x.head,
+        x.next,
+        x.queue,
+        x.queued,
+        x.pending,
+        x.pending_links,
+    )
+    is_touched, touched, urgency, tolerance = x.is_touched, x.touched, x.urgency, x.tolerance[0]
+    pending_n, touched_n, recomputed = x.counts[PENDING], x.counts[TOUCHED], 0
+    hops = path.shape[1]
+    bit = np.int64(1) << np.int64(level)
+    waiting = 0
+    for i in range(pending_n):
+        link = pending_links[i]
+        if pending[link] & bit:
+            queue[waiting] = link
+            queued[link] = 1
+            urgency[link] = 0.0
+            waiting += 1
+    while waiting > 0:
+        at = 0
+        for i in range(1, waiting):
+            if urgency[queue[i]] < urgency[queue[at]]:
+                at = i
+        link = queue[at]
+        waiting -= 1
+        queue[at] = queue[waiting]
+        queued[link] = 0
+        recomputed += 1
+        if pending[link] == 0:
+            pending_links[pending_n] = link
+            pending_n += 1
+        pending[link] |= bit  # its use has to be summed up at the end
+        same = tolerance * capacity[link]
+        given = capacity[link]
+        for above in range(level):
+            given -= used[link, above]
+        if given <= same:
+            given = 0.0
+        x.given[link, level] = given
+        if x.flows[link, level] == 0:
+            continue
+        new = 0.0
+        if given > 0.0:
+            n = 0
+            entry = head[link, level]
+            while entry >= 0:
+                limit[n] = _held_to(path, share, entry // hops, level, link, -1)
+                n += 1
+                entry = following[entry]
+            new = _water_level(limit, n, given)
+        old = share[link, level]
+        if new == old or abs(new - old) <= same:
+            continue
+        share[link, level] = new
+        lower = min(old, new)
+        entry = head[link, level]
+        while entry >= 0:
+            slot = entry // hops
+            if is_touched[slot] == 0:
+                is_touched[slot] = 1
+                touched[touched_n] = slot
+                touched_n += 1
+            for hop in range(hops):
+                other = path[slot, hop]
+                if other < 0:
+                    break
+                # A flow that the other link holds below both shares does not feel the change there.
+                if other != link and lower < share[other, level] and (queued[other] == 0 or urgency[other] > lower):
+                    rest = _held_to(path, share, slot, level, link, other)
+                    if min(rest, old) != min(rest, new):
+                        if queued[other] == 0:
+                            queue[waiting] = other
+                            queued[other] = 1
+                            urgency[other] = lower
+                            waiting += 1
+                        else:
+                            urgency[other] = min(urgency[other], lower)
+            entry = following[entry]
+    x.counts[PENDING], x.counts[TOUCHED] = pending_n, touched_n
+    x.counts[RECOMPUTED] += recomputed
+
+
+@compiled
+def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
+    """Bring all rates up to date after joins and leaves.
+
+    Writes the flows whose rate changed to `changed` and what it is now to `new_rate` (both shape (slots,)); returns how
+    many. `rate` itself still holds the old values, so that the caller can account for the time before.
+    """
+    capacity, path, share, pending, pending_links = x.capacity, x.path, x.share, x.pending, x.pending_links
+    head, following, flows, given = x.head, x.next, x.flows, x.given
+    hops, levels = path.shape[1], head.shape[1]
+    while x.counts[PENDING] > 0:
+        level = levels
+        for i in range(x.counts[PENDING]):
+            bits, k = pending[pending_links[i]], 0
+            while k < level and bits & (np.int64(1) << np.int64(k)) == 0:
+                k += 1
+            level = min(level, k)
+        _settle_level(x, level)
+        bit = np.int64(1) << np.int64(level)
+        kept = 0
+        for i in range(x.counts[PENDING]):
+            link = pending_links[i]
+            if pending[link] & bit:
+                used = 0.0
+                entry = head[link, level]
+                while entry >= 0:
+                    used += _held_to(path, share, entry // hops, level, -1, -1)
+                    entry = following[entry]
+                x.used[link, level] = used
+                pending[link] &= ~bit
+                same = x.tolerance[0] * capacity[link]
+                left = given[link, level] - used
+                if left <= same:
+                    left = 0.0
+                for below in range(level + 1, levels):
+                    if flows[link, below] > 0:
+                        if abs(left - given[link, below]) > same:
+                            pending[link] |= np.int64(1) << np.int64(below)
+                        break
+            if pending[link] != 0:
+                pending_links[kept] = link
+                kept += 1
+        x.counts[PENDING] = kept
+    changes = 0
+    for i in range(x.counts[TOUCHED]):
+        slot = x.touched[i]
+        x.is_touched[slot] = 0
+        if x.level[slot] < 0:
+            continue  # it has left for good
+        rate = _held_to(path, share, slot, x.level[slot], -1, -1)
+        if rate != x.rate[slot]:
+            changed[changes] = slot
+            new_rate[changes] = rate
+            changes += 1
+    x.counts[TOUCHED] = 0
+    return changes

@@ -1,0 +1,274 @@
+"""Kernel for one bottleneck: any number of senders into one link, every event in O(log flows).
+
+The engine uses it where all flows meet in one link that is nowhere faster than their other links (the star with one
+receiver); `fabric` handles the rest, and a test holds that both agree. How it works:
+
+1. Only the highest occupied level is served. Inside it the flows share equally (processor sharing), or one at a time is
+   served in order of arrival (FIRST_COME) or of remaining bytes (SHORTEST).
+2. With equal sharing each level has a clock that counts the bytes each of its flows has been served. A flow that still
+   needs b bytes to its next boundary (end, or change of level) has the tag clock + b; clocks of levels that are not
+   served stand still, so no other flow has to be touched at an event.
+3. One binary heap orders all flows by (level, tag); its top is the flow of the next boundary.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from simulator.arrays import (
+    ACTIVE,
+    DONE,
+    EVENTS,
+    FREE,
+    NEXT,
+    NO_SLOT,
+    OUT,
+    OUTPUT_FULL,
+    PEAK,
+    Arrivals,
+    Finished,
+    Floats,
+    Ints,
+    Rule,
+)
+from simulator.compiled import compiled
+from simulator.rank import place
+from simulator.schemes import SHARED, SHORTEST
+
+
+class Star(NamedTuple):
+    """All state of the link.
+
+    Slots (shape (capacity,)) hold active flows: size, remaining (at the last event that touched the flow), boundary
+    (remaining bytes at which the level changes), tag and level (the heap's key), fixed (level of a verdict, or -1),
+    peers, host, destination, flow (number), start. Levels (shape (levels,)): clock and population. The heap and the
+    stack of free slots hold slot numbers.
+    """
+
+    size: Floats
+    remaining: Floats
+    boundary: Floats
+    tag: Floats
+    start: Floats
+    level: Ints
+    fixed: Ints
+    peers: Ints
+    host: Ints
+    destination: Ints
+    flow: Ints
+    heap: Ints
+    free: Ints
+    clock: Floats
+    population: Ints
+    now: Floats  # shape (1,)
+    counters: Ints
+
+    @classmethod
+    def idle(cls, levels: int, capacity: int) -> "Star":
+        """An idle link with `levels` levels and room for `capacity` active flows."""
+        state = cls._make(
+            [np.zeros(capacity) for _ in range(5)]
+            + [np.zeros(capacity, np.int64) for _ in range(7)]
+            + [np.arange(capacity - 1, -1, -1, dtype=np.int64)]
+            + [np.zeros(levels), np.zeros(levels, np.int64), np.zeros(1), np.zeros(8, np.int64)]
+        )
+        state.counters[FREE] = capacity
+        return state
+
+    def grown(self) -> "Star":
+        """The same state with room for twice as many active flows."""
+        capacity = len(self.heap)
+        per_slot = {name: np.concatenate([a, np.zeros_like(a)]) for name, a in zip(_PER_SLOT, self, strict=False)}
+        free = np.zeros(2 * capacity, np.int64)
+        kept = int(self.counters[FREE])
+        free[:kept] = self.free[:kept]
+        free[kept : kept + capacity] = np.arange(2 * capacity - 1, capacity - 1, -1)
+        self.counters[FREE] = kept + capacity
+        return self._replace(**per_slot, free=free)
+
+
+_PER_SLOT = Star._fields[:12]
+
+
+@compiled
+def _before(level: Ints, tag: Floats, a: int, b: int) -> bool:
+    return bool(level[a] < level[b] or (level[a] == level[b] and tag[a] < tag[b]))
+
+
+@compiled
+def _sift_down(heap: Ints, n: int, level: Ints, tag: Floats, at: int) -> None:
+    slot = heap[at]
+    while True:
+        child = 2 * at + 1
+        if child >= n:
+            break
+        if child + 1 < n and _before(level, tag, heap[child + 1], heap[child]):
+            child += 1
+        if not _before(level, tag, heap[child], slot):
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = slot
+
+
+@compiled
+def _sift_up(heap: Ints, level: Ints, tag: Floats, at: int) -> None:
+    slot = heap[at]
+    while at > 0:
+        parent = (at - 1) // 2
+        if not _before(level, tag, slot, heap[parent]):
+            break
+        heap[at] = heap[parent]
+        at = parent
+    heap[at] = slot
+
+
+@compiled
+def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, out: Finished) -> int:
+    """Run every event up to the time `until` (seconds; infinite runs until all is done).
+
+    `counters[NEXT]` is the next of `arrivals`; finished flows go to `out`, `counters[OUT]` of them. `rate` is in
+    payload bytes per second. Returns DONE, OUTPUT_FULL (empty the output and call again) or NO_SLOT (enlarge the state
+    and call again).
+    """
+    size, remaining, boundary, tag = s.size, s.remaining, s.boundary, s.tag
+    level, fixed, peers, host = s.level, s.fixed, s.peers, s.host
+    heap, clock, population, counters = s.heap, s.clock, s.population, s.counters
+    order, basis, thresholds, buffer_bytes = rule.order, rule.basis, rule.thresholds, rule.buffer_bytes
+    start, arriving, last, room = arrivals.start, arrivals.size, len(arrivals.start), len(out.flow)
+    now, n, i, events = s.now[0], counters[ACTIVE], counters[NEXT], counters[EVENTS]
+    free_n, out_n, peak = counters[FREE], counters[OUT], counters[PEAK]
+    result = DONE
+    while True:
+        if out_n >= room:
+            result = OUTPUT_FULL
+            break
+        next_arrival = start[i] if i < last else np.inf
+        boundary_at = np.inf
+        slot = -1
+        if n > 0:
+            slot = heap[0]
+            if order == SHARED:
+                k = level[slot]
+                boundary_at = now + max(tag[slot] - clock[k], 0.0) * population[k] / rate
+            else:
+                boundary_at = now + (remaining[slot] - boundary[slot]) / rate
+        if min(boundary_at, next_arrival) > until or (n == 0 and i >= last):
+            break
+        events += 1
+        if boundary_at <= next_arrival:  # the top flow ends or changes its level
+            k = level[slot]
+            if order == SHARED:
+                clock[k] = tag[slot]
+            now = boundary_at
+            remaining[slot] = boundary[slot]
+            population[k] -= 1
+            if population[k] == 0:
+                clock[k] = 0.0  # nobody refers to it: start afresh, which keeps it precise
+            if remaining[slot] <= 0.0:
+                out.flow[out_n], out.start[out_n], out.size[out_n] = s.flow[slot], s.start[slot], size[slot]
+                out.fct[out_n], out.peers[out_n] = now - s.start[slot], peers[slot]
+                out.host[out_n], out.destination[out_n] = host[slot], s.destination[slot]
+                out_n += 1
+                s.free[free_n] = slot
+                free_n += 1
+                n -= 1
+                heap[0] = heap[n]
+                if n > 0:
+                    _sift_down(heap, n, level, tag, 0)
+                continue
+        else:
+            if free_n == 0:
+                events -= 1
+                result = NO_SLOT
+                break
+            if n > 0:  # time passes for the flows in service
+                sent = rate * (next_arrival - now)
+                if order == SHARED:
+                    clock[level[slot]] += sent / population[level[slot]]
+                else:
+                    remaining[slot] = max(remaining[slot] - sent, boundary[slot])
+                    if order == SHORTEST:
+                        tag[slot] = remaining[slot]
+            now = next_arrival
+            free_n -= 1
+            slot = s.free[free_n]
+            size[slot] = remaining[slot] = arriving[i]
+            s.start[slot], s.flow[slot] = now, arrivals.first_flow + i
+            host[slot], s.destination[slot] = arrivals.host[i], arrivals.destination[i]
+            fixed[slot], peers[slot] = -1, 0
+            i += 1
+        # The flow in `slot` enters a level.
+        if fixed[slot] >= 0:
+            k, bound = fixed[slot], 0.0
+        else:
+            k, bound = place(basis, thresholds[host[slot]], buffer_bytes, size[slot], remaining[slot])
+        level[slot], boundary[slot] = k, max(bound, 0.0)
+        peers[slot] = max(peers[slot], population[k])
+        population[k] += 1
+        if order == SHARED:
+            tag[slot] = clock[k] + (remaining[slot] - boundary[slot])
+        elif order == SHORTEST:
+            tag[slot] = remaining[slot]
+        else:
+            tag[slot] = s.flow[slot]
+        if n > 0 and heap[0] == slot:
+            _sift_down(heap, n, level, tag, 0)
+        else:
+            heap[n] = slot
+            n += 1
+            peak = max(peak, n)
+            _sift_up(heap, level, tag, n - 1)
+    counters[ACTIVE], counters[NEXT], counters[EVENTS] = n, i, events
+    counters[FREE], counters[OUT], counters[PEAK] = free_n, out_n, peak
+    if result == DONE and until < np.inf and until > now:
+        if n > 0:
+            slot = heap[0]
+            sent = rate * (until - now)
+            if order == SHARED:
+                clock[level[slot]] += sent / population[level[slot]]
+            else:
+                remaining[slot] = max(remaining[slot] - sent, boundary[slot])
+                if order == SHORTEST:
+                    tag[slot] = remaining[slot]
+        now = until
+    s.now[0] = now
+    return result
+
+
+@compiled
+def settle(s: Star, rule: Rule) -> None:
+    """Write into `remaining` what every active flow still has to send at this moment."""
+    if rule.order == SHARED:
+        for i in range(s.counters[ACTIVE]):
+            slot = s.heap[i]
+            left = s.boundary[slot] + max(s.tag[slot] - s.clock[s.level[slot]], 0.0)
+            s.remaining[slot] = min(left, s.size[slot])
+
+
+@compiled
+def rank_all(s: Star, rule: Rule) -> None:
+    """Find every active flow's level anew, after thresholds or verdicts changed.
+
+    Call `settle` with the old rule first.
+    """
+    n = s.counters[ACTIVE]
+    s.clock[:] = 0.0
+    s.population[:] = 0
+    for i in range(n):
+        slot = s.heap[i]
+        if s.fixed[slot] >= 0:
+            k, bound = s.fixed[slot], 0.0
+        else:
+            row = rule.thresholds[s.host[slot]]
+            k, bound = place(rule.basis, row, rule.buffer_bytes, s.size[slot], s.remaining[slot])
+        s.level[slot], s.boundary[slot] = k, max(bound, 0.0)
+        s.population[k] += 1
+        if rule.order == SHARED:
+            s.tag[slot] = s.remaining[slot] - s.boundary[slot]
+        elif rule.order == SHORTEST:
+            s.tag[slot] = s.remaining[slot]
+        else:
+            s.tag[slot] = s.flow[slot]
+    for at in range(n // 2 - 1, -1, -1):
+        _sift_down(s.heap, n, s.level, s.tag, at)
