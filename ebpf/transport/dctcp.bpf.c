@@ -71,6 +71,8 @@ struct dctcp {
 	/* receiver */
 	__u8 ce;            /* DCTCP.CE */
 	__u32 last_rcv_nxt; /* RCV.NXT before the packet at hand */
+	__u32 early_ack;    /* acknowledged by the last ACK that left out the packet at hand */
+	__u32 early_wup;    /* what the kernel took that ACK to have acknowledged */
 };
 
 #include "dctcp_trace.h"
@@ -138,6 +140,18 @@ static __always_inline void restart_after_idle(struct tcp_sock *tp, struct dctcp
 	tp->snd_cwnd_cnt = ca->fraction = 0;
 }
 
+/*
+ * Whether packets before the one at hand still wait for their ACK. The delayed-ACK timer does not tell: since Linux 6.7
+ * ACKs due while a reader holds the socket wait for it without one. RCV.WUP is RCV.NXT when the last ACK was sent, but
+ * for an ACK of ours, which covers less.
+ */
+static __always_inline int ack_owed(const struct tcp_sock *tp, const struct dctcp *ca)
+{
+	__u32 acked = tp->rcv_wup == ca->early_wup ? ca->early_ack : tp->rcv_wup;
+
+	return before(acked, ca->last_rcv_nxt);
+}
+
 /* The receiver. Called for each arriving data packet, after RCV.NXT has moved over it, before any ACK is sent. */
 SEC("struct_ops")
 void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
@@ -151,10 +165,12 @@ void BPF_PROG(dctcp_cwnd_event, struct sock *sk, enum tcp_ca_event event)
 	if (!ce && event != CA_EVENT_ECN_NO_CE)
 		return;
 	if (ce != ca->ce) {
-		/* A delayed ACK is owed for packets of the other kind: they go by themselves, with their own ECE. */
-		if (tp->inet_conn.icsk_ack.pending & ICSK_ACK_TIMER) {
+		/* Packets of the other kind wait for their ACK: they get it by themselves, with their own ECE. */
+		if (ack_owed(tp, ca)) {
 			set_ece(tp, ca->ce);
 			bpf_tcp_send_ack(tp, ca->last_rcv_nxt);
+			ca->early_ack = ca->last_rcv_nxt;
+			ca->early_wup = tp->rcv_wup;
 		}
 		/* This packet's ACK goes at once too: a sender with a window of one or two must not wait for a timer. */
 		tp->inet_conn.icsk_ack.pending |= ICSK_ACK_NOW;

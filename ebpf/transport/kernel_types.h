@@ -44,6 +44,7 @@ struct inet_connection_sock {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 rcv_nxt;
+	__u32 rcv_wup;
 	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 snd_cwnd;
@@ -64,7 +65,6 @@ struct tcp_sock {
 
 /* State of the receiver's delayed ACK, bits of icsk_ack.pending. */
 enum inet_csk_ack_state_t {
-	ICSK_ACK_TIMER = 2,
 	ICSK_ACK_NOW = 16,
 };
 

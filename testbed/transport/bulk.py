@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fabricpilot.errors import KernelError
+from testbed.flows.protocol import be_punctual
 from testbed.netns.enter import call_in
 from testbed.netns.star import Host
 
@@ -38,6 +39,7 @@ class BulkFlow:
 
     def send(self) -> None:
         """Send until the connection is shut down."""
+        be_punctual()  # a sender that waits for a CPU may hold the socket, and with it the ACKs that have come
         data = bytes(_CHUNK_BYTES)
         with suppress(OSError):
             while True:
@@ -45,6 +47,7 @@ class BulkFlow:
 
     def receive(self) -> None:
         """Receive until the connection is shut down."""
+        be_punctual()
         room = bytearray(_CHUNK_BYTES)
         with suppress(OSError):
             while count := self.receiver.recv_into(room):
