@@ -14,8 +14,7 @@ setup: ## Install Debian packages (as root) and the pinned Python environment in
 demo: setup ## The main job on the real kernel (root): FIFO against fabricpilot; results in out/demo
 	$(BIN)/fabricpilot testbed demo --out out/demo
 
-test: setup ## Unit tests and, as root, kernel tests
-	$(BIN)/pytest -m "not slow and not scale"
+test: test-unit test-kernel ## Unit tests and, as root, kernel tests
 
 test-unit: setup ## Tests that need no root
 	$(BIN)/pytest -m "not kernel and not slow and not scale" -n auto

@@ -1,9 +1,14 @@
-"""Makes tests/ importable (datapath_kit), and lends unit and kernel tests one loaded data path."""
+"""Lends unit and kernel tests one loaded data path, and keeps hypothesis from failing slow machines."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No test here depends on how fast the machine is.
+settings.register_profile("fabricpilot", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fabricpilot")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from hostagent.qdisc import supported_kinds
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging" / "systemd"
-SANDBOX = Path(__file__).with_name("service_sandbox.py")
+SANDBOX = ROOT / "tests" / "service_sandbox.py"
 FABRICPILOT = Path(sys.executable).with_name("fabricpilot")
 
 for need in ("systemd-analyze", "setpriv", "nsenter"):
