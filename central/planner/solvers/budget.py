@@ -17,6 +17,13 @@ class Budget:
         self.per_pm: Counter[int] = Counter()
         self.per_tenant: Counter[str] = Counter()
 
+    def copy(self) -> "Budget":
+        """An independent one with the same counts."""
+        twin = Budget(self.mapping, self.limits)
+        twin.moves, twin.copied_bytes = self.moves, self.copied_bytes
+        twin.per_pm, twin.per_tenant = self.per_pm.copy(), self.per_tenant.copy()
+        return twin
+
     @property
     def moves_left(self) -> int:
         """Moves that MNL still allows."""

@@ -85,6 +85,12 @@ class Occupancy:
         for vm in np.flatnonzero(cluster.vm_movable).tolist():
             self.at.setdefault((int(cluster.vm_group[vm]), int(cluster.vm_place[vm])), []).append(vm)
 
+    def copy(self) -> "Occupancy":
+        """An independent one with the same content."""
+        twin = object.__new__(Occupancy)
+        twin.at = {key: list(vms) for key, vms in self.at.items()}
+        return twin
+
     def move(self, group: int, vm: int, source: int, target: int) -> None:
         """Note a move."""
         self.at[group, source].remove(vm)

@@ -31,6 +31,15 @@ class Walk:
         goal = problem.objective.goal
         self.value_needed = None if goal is None else self.valuation.value_needed(goal) - 1e-9
 
+    def fork(self) -> "Walk":
+        """An independent walk that has made the same steps."""
+        twin = object.__new__(Walk)
+        twin.__dict__.update(self.__dict__)
+        twin.state, twin.occupancy, twin.budget = self.state.copy(), self.occupancy.copy(), self.budget.copy()
+        twin.state.history = list(self.state.history)
+        twin.steps = list(self.steps)
+        return twin
+
     def value(self) -> float:
         """The value of the state as it is."""
         return self.valuation.value(self.cluster, self.state.free_cores, self.state.free_mem_mb)

@@ -15,6 +15,9 @@ SOLVERS = {
     "greedy": ("solvers.greedy", "greedy", "filter-and-score: the best single move, again and again"),
     "swap": ("solvers.swap", "swap", "greedy that gathers fragments, swaps VMs and prepares"),
     "packing": ("solvers.packing", "packing", "vector bin packing by alignment"),
+    "learned": ("learned.solver", "learned", "two-stage policy, several trajectories, the best is deployed"),
+    "lns": ("solvers.neighbourhood", "neighbourhood", "large-neighbourhood search, every VM a variable of its own"),
+    "beam": ("learned.beam", "beam", "beam search guided by the policy"),
     "pop": ("solvers.pop", "pop", "random partitions, each solved exactly"),
 }
 

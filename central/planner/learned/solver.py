@@ -1,0 +1,63 @@
+"""The learned solver: risk-seeking evaluation.
+
+The effect of moves is known exactly, so sampling several trajectories and deploying only the best costs nothing but
+time (VMR2L, NSDI 24, section 4.3). The first trajectory takes the likeliest action at every step, the others sample;
+actions far less likely than others are cut. All walk side by side, one batch per step. Each ends at its best prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from central.planner.learned.rollout import Cut, Trajectory
+from central.planner.model.cluster import Cluster
+from central.planner.model.problem import Deadline, Problem, Solution
+from central.planner.solvers.greedy import Walk
+
+
+@dataclass(frozen=True)
+class Options:
+    """Risk-seeking options. Quantiles as in VMR2L: the share of legal actions that is cut, the improbable ones."""
+
+    samples: int = 8
+    vm_quantile: float = 0.995
+    place_quantile: float = 0.98
+    weights: Path | None = None
+
+
+def learned(problem: Problem, deadline: Deadline, seed: int, options: Options | None = None) -> Solution:
+    """The best of several trajectories of the policy."""
+    best = best_of(sample(problem, deadline, seed, options or Options()))
+    walk = best.walk
+    while len(walk.steps) > best.length:
+        walk.back()
+    return Solution(tuple(walk.steps))
+
+
+def sample(
+    problem: Problem, deadline: Deadline, seed: int, options: Options, cluster: Cluster | None = None
+) -> list[Trajectory]:
+    """The trajectories."""
+    import torch
+
+    from central.planner.learned import weights
+    from central.planner.learned.rollout import roll
+
+    policy, _ = weights.load(options.weights or weights.DEFAULT)
+    cluster = cluster or Cluster(problem.mapping, problem.limits.fixed)
+    walks = [Walk(problem, cluster) for _ in range(options.samples)]
+    generator = torch.Generator().manual_seed(seed)
+    cut = Cut(options.vm_quantile, options.place_quantile, greedy_first=True)
+    return roll(policy, walks, generator, cut, stop=lambda: deadline.over)
+
+
+def best_of(paths: Sequence[Trajectory]) -> Trajectory:
+    """Highest value, or with a goal that several reach, the shortest; then the shortest."""
+    goal = paths[0].walk.value_needed is not None
+
+    def merit(path: Trajectory) -> tuple[float, float]:
+        if goal and path.walk.reached():
+            return float("inf"), -float(path.length)
+        return round(path.best, 6), -float(path.length)
+
+    return max(paths, key=merit)
