@@ -59,7 +59,7 @@ def _thresholds(axes: Any, results: Mapping[str, Results], thresholds: Sequence[
         for level in range(len(thresholds[0]["thresholds"])):
             values = [entry["thresholds"][level] for entry in thresholds]
             colour = _LEVEL_COLOURS[level % len(_LEVEL_COLOURS)]
-            axes.step(times, [*values, values[-1]], where="post", color=colour, label=f"level {level} | {level + 1}")
+            axes.step(times, [*values, values[-1]], where="post", color=colour, label=f"level {level} to {level + 1}")
         axes.set_yscale("log")
         axes.legend(frameon=False, ncols=4, loc="best")
     else:
@@ -67,5 +67,5 @@ def _thresholds(axes: Any, results: Mapping[str, Results], thresholds: Sequence[
     axes.set_xlim(0, end_s)
     axes.set_xlabel("seconds since the traffic began")
     axes.set_ylabel("threshold (bytes sent)")
-    axes.set_title("thresholds in force", fontsize=10)
+    axes.set_title("thresholds in force under fabricpilot", fontsize=10)
     axes.grid(visible=True, which="both", alpha=0.2)

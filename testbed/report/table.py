@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from testbed.report.fct import SIZE_CLASS_TITLES, SIZE_CLASSES, FctSummary
@@ -12,9 +13,9 @@ _COLUMNS = ("mean_us", "p50_us", "p99_us", "mean_slowdown")
 def fct_table(schemes: Mapping[str, Mapping[str, FctSummary]]) -> Table:
     """FCT in milliseconds and mean slowdown; the last scheme is compared with the first."""
     names = list(schemes)
-    table = Table(title="Flow completion times (ms)", title_justify="left")
-    table.add_column("flow size")
-    table.add_column("scheme")
+    table = Table(title="Flow completion times (ms)", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("flow size", no_wrap=True)
+    table.add_column("scheme", no_wrap=True)
     for heading in ("flows", "mean", "median", "p99", "slowdown"):
         table.add_column(heading, justify="right")
     for size_class in SIZE_CLASSES:
