@@ -178,8 +178,8 @@ def test_base_latency_dilutes_slowdown_and_adds_to_completion_time() -> None:
     assert evaluate(sizes, 0.8, thresholds, base_bytes=30_000) == pytest.approx(plain + 30_000)
 
 
-@pytest.mark.parametrize("levels", [2, 3, 8])
-@pytest.mark.parametrize("load", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("levels", [2, 8])
+@pytest.mark.parametrize("load", [0.01, 0.99])
 @pytest.mark.parametrize(
     "sizes",
     [one_size(1), one_size(2), one_size(1460), one_size(1e12), two_sizes()],

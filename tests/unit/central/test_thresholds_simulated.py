@@ -13,10 +13,10 @@ from simulator.workloads.distribution import SizeDistribution, names
 
 
 @pytest.mark.parametrize("name", names())
-@pytest.mark.parametrize("load", [0.5, 0.9])
+@pytest.mark.parametrize("load", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_no_worse_than_published_and_equal_split(name: str, load: float) -> None:
     sizes = SizeDistribution.load(name)
-    trace = trace_at(sizes, load, 100_000, seed=11)
+    trace = trace_at(sizes, load, 50_000, seed=11)
     mean = measured(trace, exact.optimise(sizes, load, 8).thresholds, "fct")
     rivals: list[Thresholds | None] = [None, equal_split(sizes, 8)]
     rivals += [published(workload, 8, load).thresholds for workload in ("websearch", "datamining")]
@@ -28,7 +28,7 @@ def test_no_worse_than_published_and_equal_split(name: str, load: float) -> None
 def test_prediction_agrees_with_the_simulator(name: str, objective: str) -> None:
     sizes = SizeDistribution.load(name)
     best = exact.optimise(sizes, 0.7, 4, objective)
-    trace = trace_at(sizes, 0.7, 400_000, seed=5)
+    trace = trace_at(sizes, 0.7, 200_000, seed=5)
     assert measured(trace, best.thresholds, objective) == pytest.approx(best.mean, rel=0.04)
 
 
