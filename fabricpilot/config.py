@@ -48,7 +48,7 @@ class HostSection(Section, frozen=True, kw_only=True):
 class DatapathSection(Section, frozen=True, kw_only=True):
     """`[datapath]`: how packets are counted and tagged."""
 
-    backend: Literal["auto", "ebpf", "fake"] = "auto"  # fake: no kernel at all, for trying the link
+    backend: Literal["auto", "ebpf", "nftables", "fake"] = "auto"  # auto: nftables where BPF is refused; fake: no kernel
     levels: int = DEFAULT_LEVELS  # K, 2 to 8
     thresholds: list[int] = []  # K-1 ascending bytes; empty: the default for K, until central sends better
     dscp: list[int] = []  # one code point per level; empty: class selectors CS<K> downwards

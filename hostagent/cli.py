@@ -41,7 +41,7 @@ def agent_options(command: CommandT) -> CommandT:
     """The options that say which NICs and which data path a command is about."""
     for option in (
         click.option("--pin-dir", metavar="DIR", help="Where programs and maps are pinned (in a bpffs)."),
-        click.option("--backend", metavar="NAME", help="Data path: auto, ebpf or fake."),
+        click.option("--backend", metavar="NAME", help="Data path: auto, ebpf, nftables or fake."),
         click.option(
             "-i", "--interface", multiple=True, metavar="NAME", help="NIC to schedule; may be given several times."
         ),

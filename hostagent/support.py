@@ -13,16 +13,16 @@ import ctypes
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from fabricpilot.config import DatapathSection
 from fabricpilot.errors import FabricpilotError, KernelError
+from hostagent.datapath.base import CAPABILITIES
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ _CAP_PERFMON: Final = 38
 _CAP_BPF: Final = 39
 _CLONE_NEWNET: Final = 0x40000000
 _CHILD_TIMEOUT_S: Final = 30.0
-_RETURN_UNSPEC: Final = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 0, 0, 0])  # r0 = -1; exit
 
 # Kernel options, to name what is missing.
 _QUEUES: Final = {
@@ -62,12 +61,37 @@ _QUEUES: Final = {
 
 def probe(section: DatapathSection) -> list[Finding]:
     """Try everything; never raises for something missing, and changes nothing (a bpffs is not mounted)."""
+    from hostagent.datapath import bpf_refused
+    from hostagent.datapath.ebpf import EbpfDatapath
+    from hostagent.datapath.nftables import NftablesDatapath
+
     if section.backend == "fake":
         return [Finding("fake", "fake data path", True, True, "needs no kernel support")]
-    privileges = _privileges()
+    if section.backend == "nftables":
+        return [*_for_nftables(), *_capabilities(NftablesDatapath.name, NftablesDatapath.capabilities)]
+    findings = _for_ebpf(section)
+    if section.backend == "auto" and bpf_refused() and _privileges("NET_ADMIN").ok:
+        # `auto` is the other data path here: what eBPF lacks is told, and stops nobody.
+        told = [replace(finding, required=False) for finding in findings if finding.id != "privileges"]
+        return [*told, *_for_nftables(), *_capabilities(NftablesDatapath.name, NftablesDatapath.capabilities)]
+    if not findings[0].ok:
+        return findings  # nothing else can be tried, and saying so ten times helps nobody
+    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, EbpfDatapath.capabilities)]
+
+
+def _for_nftables() -> list[Finding]:
+    privileges = _privileges("NET_ADMIN")
+    if not privileges.ok:
+        return [privileges]
+    found = (finding for finding in _in_own_namespace() if finding.id != "clsact")
+    return [privileges, *(replace(finding, required=finding.id == "nftables") for finding in found)]
+
+
+def _for_ebpf(section: DatapathSection) -> list[Finding]:
+    privileges = _privileges("BPF", "PERFMON", "NET_ADMIN")
     findings = [privileges, _headers(), _bcc(), _btf()]
     if not privileges.ok:
-        return findings  # nothing else can be tried, and saying so ten times helps nobody
+        return findings
     syscall = _bpf_syscall()
     findings.append(syscall)
     if syscall.ok:
@@ -75,24 +99,30 @@ def probe(section: DatapathSection) -> list[Finding]:
         if all(finding.ok for finding in findings if finding.required):
             findings.append(_program())
     findings.append(_pin_dir(Path(section.pin_dir)))
-    findings += _in_own_namespace()
     return findings
 
 
-def _privileges() -> Finding:
-    what = "capabilities BPF, PERFMON and NET_ADMIN"
+def _capabilities(backend: str, has: frozenset[str]) -> list[Finding]:
+    return [
+        Finding(f"can_{name}", what, name in has, False, "" if name in has else f"not with the {backend} data path")
+        for name, what in CAPABILITIES.items()
+    ]
+
+
+def _privileges(*needed: str) -> Finding:
+    what = f"capabilities {', '.join(needed)}"
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
 
     def have(*any_of: int) -> bool:
         return any(effective >> capability & 1 for capability in any_of)
 
-    needed = {
+    held = {
         "BPF": have(_CAP_BPF, _CAP_SYS_ADMIN),
         "PERFMON": have(_CAP_PERFMON, _CAP_SYS_ADMIN),
         "NET_ADMIN": have(_CAP_NET_ADMIN),
     }
-    lacking = [name for name, there in needed.items() if not there]
+    lacking = [name for name in needed if not held[name]]
     why = f"this process lacks {', '.join(lacking)}; run it as root or as the service" if lacking else ""
     return Finding("privileges", what, not lacking, True, why)
 
@@ -123,7 +153,7 @@ def _bpf_syscall() -> Finding:
 
     what = "bpf(2): loading a tc program"
     try:
-        os.close(bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, _RETURN_UNSPEC))
+        os.close(bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, bpf.RETURN_UNSPEC))
     except OSError as error:
         reasons = {
             errno.EPERM: "refused: the kernel is locked down, or a seccomp filter (a container?) forbids it",
@@ -199,7 +229,9 @@ def _in_own_namespace() -> Iterator[Finding]:
         lacking = "" if kind in kinds else kinds_why or f"not in this kernel: {option}"
         yield Finding(f"queues_{kind}", f"strict bands by {kind}", not lacking, False, lacking)
     nftables = said.get("nftables", why)
-    yield Finding("nftables", "nftables", not nftables, False, nftables)
+    yield Finding(
+        "nftables", "nftables data path: rules, conntrack's counters and times", not nftables, False, nftables
+    )
 
 
 # --- in the child ----------------------------------------------------------------------------------------------------
@@ -228,10 +260,23 @@ def _try_in_own_namespace() -> dict[str, object]:
 
 
 def _try_nftables() -> str:
-    if (nft := shutil.which("nft")) is None:
-        return "no nft command; install the Debian package nftables"
-    done = subprocess.run([nft, "add", "table", "inet", "probe"], capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else "the kernel refuses a table: it needs CONFIG_NF_TABLES"
+    """Put the data path on the loopback of this namespace, read it, and take it away."""
+    from fabricpilot.levels import default_dscp, default_thresholds
+    from hostagent.datapath.base import Settings
+    from hostagent.datapath.nftables import NftablesDatapath
+
+    try:
+        datapath = NftablesDatapath(flow_entries=1024, idle_timeout_s=30)
+        try:
+            datapath.attach("lo")
+            datapath.apply(Settings(default_thresholds(4), default_dscp(4), (0,) * 4))
+            datapath.flows()
+            datapath.detach()
+        finally:
+            datapath.close()
+    except FabricpilotError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

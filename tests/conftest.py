@@ -28,3 +28,30 @@ def kernel_sender(_loaded_datapath: Any) -> Any:
     """The egress program, loaded once per session and attached nowhere; no flow, counters at 0, no settings."""
     _loaded_datapath.reset()
     return _loaded_datapath
+
+
+@pytest.fixture
+def nft_sender() -> Iterator[Any]:
+    """The netfilter data path in a namespace of its own, entered for the test, and packets from there to a peer."""
+    import uuid
+
+    from datapath_kit import in_netns
+    from nft_kit import NftSender, wire_up
+    from pyroute2 import netns
+
+    here, peer = (f"fptest-{role}-{uuid.uuid4().hex[:8]}" for role in ("nft", "peer"))
+    made = []
+    try:
+        for name in (here, peer):
+            netns.create(name)
+            made.append(name)
+        wire_up(here, peer)
+        with in_netns(here):
+            sender = NftSender(here, peer)
+            try:
+                yield sender
+            finally:
+                sender.close()
+    finally:
+        for name in made:
+            netns.remove(name)

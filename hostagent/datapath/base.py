@@ -6,7 +6,7 @@ changes, so (key, first_seen_ns) names one flow.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,18 @@ FLOW_STATE_DTYPE = np.dtype(
 FLAG_ENDED = 1  # a FIN or RST was sent; the entry waits to be read and forgotten
 FLAG_SAW_START = 2  # TCP: its SYN was seen, so attained_bytes is all it ever sent. UDP: always set
 
+# What a data path may or may not be able to do; each declares its own (`Datapath.capabilities`). `agent check` shows
+# what the one at hand lacks, and a configuration that needs more is refused.
+CAPABILITIES: Final = {
+    "adopt": "outlives the agent in the kernel, and is adopted by the next one",
+    "exact_payload": "counts payload to the byte, instead of estimating it from IP bytes and packets",
+    "segments": "counts a GSO packet as the packets it becomes",
+    "evict": "makes room for new flows in a full flow table",
+    "forget": "takes a forgotten flow that goes on for a new one",
+    "bridged": "schedules bridged packets too, beside local and routed ones",
+    "backlog": "levels by what a socket has left to send",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,12 +65,14 @@ class Settings:
         dscp: one code point per level.
         priority: `skb->priority` per level, in the form the NIC's qdisc reads.
         respect_dscp: leave packets alone that carry a DSCP which is none of ours and not 0.
+        observe: compute and count everything, change no packet.
     """
 
     thresholds: Thresholds
     dscp: tuple[int, ...]
     priority: tuple[int, ...]
     respect_dscp: bool = True
+    observe: bool = False
 
     def __post_init__(self) -> None:
         check_dscp(self.dscp, self.thresholds.levels)
@@ -93,6 +107,7 @@ class Datapath(Protocol):
     """
 
     name: str
+    capabilities: frozenset[str]  # of `CAPABILITIES`
 
     def attach(self, interface: str) -> None:
         """Schedule packets leaving `interface`. Idempotent.
@@ -121,7 +136,7 @@ class Datapath(Protocol):
         """Drop the given flows (FLOW_KEY_DTYPE, shape (n,)); returns how many were there."""
 
     def counters(self) -> dict[str, int]:
-        """Cumulative counters by name (`layout.counter_names`), since the data path was loaded."""
+        """Cumulative counters by name (`layout.counter_names`, and a data path's own) since it was loaded."""
 
     def close(self) -> None:
         """Let go of file descriptors; the kernel goes on tagging."""

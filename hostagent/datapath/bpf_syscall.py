@@ -38,6 +38,8 @@ MAP_TYPE_LRU_HASH: Final = 9
 _MAP_TYPE_ARRAY_OF_MAPS: Final = 12
 
 PROG_TYPE_SCHED_CLS: Final = 3
+# The smallest tc program, to see whether one may be loaded: r0 = TC_ACT_UNSPEC; exit.
+RETURN_UNSPEC: Final = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 0, 0, 0])
 
 _SYSCALL_NUMBERS: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _libc = ctypes.CDLL(None, use_errno=True)

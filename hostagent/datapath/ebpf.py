@@ -52,6 +52,7 @@ class EbpfDatapath:
     """
 
     name = "ebpf"
+    capabilities = frozenset({"adopt", "exact_payload", "segments", "evict", "forget", "bridged"})
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
         if not pin_dir.is_absolute() or "." in pin_dir.name:

@@ -54,6 +54,7 @@ class FakeDatapath:
     """
 
     name = "fake"
+    capabilities = frozenset({"exact_payload", "segments", "evict", "forget"})
 
     def __init__(self, flow_entries: int = 131_072) -> None:
         self._flow_entries = flow_entries

@@ -15,7 +15,8 @@ PROBE = """
 import json, sys
 from fabricpilot.config import DatapathSection
 from hostagent.support import probe
-print(json.dumps({f.id: [f.ok, f.required, f.why] for f in probe(DatapathSection(pin_dir=sys.argv[1]))}), flush=True)
+section = DatapathSection(backend=sys.argv[2], pin_dir=sys.argv[1])
+print(json.dumps({f.id: [f.ok, f.required, f.why] for f in probe(section)}), flush=True)
 """
 
 
@@ -48,7 +49,7 @@ def test_no_bcc(tmp_path, monkeypatch):
 
 
 def test_no_root():
-    agent = start_agent("import os; os.setgid(65534); os.setuid(65534)" + PROBE, "/sys/fs/bpf/fabricpilot")
+    agent = start_agent("import os; os.setgid(65534); os.setuid(65534)" + PROBE, "/sys/fs/bpf/fabricpilot", "auto")
     found = json.loads(agent.communicate(timeout=60)[0])
     lacking = {name: why for name, (ok, required, why) in found.items() if required and not ok}
     assert lacking == {"privileges": "this process lacks BPF, PERFMON, NET_ADMIN; run it as root or as the service"}
@@ -57,7 +58,7 @@ def test_no_root():
 def test_bpf_refused_by_a_seccomp_filter():
     # A container's default seccomp profile answers bpf(2) with EPERM; so does a locked-down kernel.
     code = SECCOMP + PROBE
-    agent = start_agent(code, "/sys/fs/bpf/fabricpilot")
+    agent = start_agent(code, "/sys/fs/bpf/fabricpilot", "ebpf")
     found = json.loads(agent.communicate(timeout=60)[0])
     assert found["bpf"] == [
         False,
@@ -65,6 +66,16 @@ def test_bpf_refused_by_a_seccomp_filter():
         "refused: the kernel is locked down, or a seccomp filter (a container?) forbids it",
     ]
     assert "program" not in found
+
+
+def test_where_bpf_is_refused_auto_is_nftables_and_says_what_it_cannot():
+    agent = start_agent(SECCOMP + PROBE, "/sys/fs/bpf/fabricpilot", "auto")
+    found = json.loads(agent.communicate(timeout=60)[0])
+    assert [name for name, (ok, required, _) in found.items() if required and not ok] == []
+    assert found["bpf"][0] is False
+    assert found["nftables"] == [True, True, ""]
+    assert found["can_adopt"][0]
+    assert found["can_exact_payload"] == [False, False, "not with the nftables data path"]
 
 
 SECCOMP = """
@@ -94,7 +105,7 @@ def test_the_services_capabilities_are_enough(tmp_path):
                 f"--bounding-set=-all,{capabilities}",
                 f"--inh-caps=-all,{capabilities}",
                 f"--ambient-caps=-all,{capabilities}",
-                *(sys.executable, "-P", "-c", PROBE, str(root / "fabricpilot")),
+                *(sys.executable, "-P", "-c", PROBE, str(root / "fabricpilot"), "auto"),
             ],
             capture_output=True,
             text=True,
