@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from fabricpilot.errors import UsageError
 
@@ -17,6 +18,8 @@ DEFAULT_LEVELS = 4
 
 MAX_THRESHOLD_BYTES = 2**62  # far beyond any flow, and safe in signed 64-bit arithmetic
 MAX_DSCP = 63
+
+DscpPreset = Literal["class-selectors", "802.1p"]
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,28 @@ class Thresholds:
         return bisect_right(self.bytes, attained_bytes)
 
 
-# Used until anything better was learned or configured: log-spaced between a few packets and the size
-# at which common workloads turn from many short to few long flows.
-_FIRST_DEFAULT_BYTES = 20_480
-_LAST_DEFAULT_BYTES = 8 << 20
+# For a host that was told nothing: what the exact optimiser gives for web search at load 0.8, the mix of short and long
+# flows that punishes wrong thresholds most. Objective slowdown, which keeps every level in use.
+# fabricpilot thresholds --cdf websearch_dctcp_bytes_trafficgenerator --load 0.8 --objective slowdown --queues K
+_DEFAULT_THRESHOLDS = {
+    2: (1_781_062,),
+    3: (322_402, 5_000_000),
+    4: (135_134, 2_000_000, 10_000_000),
+    5: (113_564, 1_604_586, 4_664_009, 10_000_000),
+    6: (73_764, 555_965, 1_954_159, 4_829_083, 10_000_000),
+    7: (37_829, 176_430, 834_211, 2_000_000, 4_829_083, 10_000_000),
+    8: (11_841, 68_014, 200_428, 860_090, 2_000_000, 4_829_083, 10_000_000),
+}
 
 
 def default_thresholds(levels: int) -> Thresholds:
-    """Log-spaced thresholds for K levels, for a host that was told nothing.
+    """Thresholds for K levels for a host that was told nothing.
 
     Raises:
         UsageError: `levels` outside 2..8.
     """
     check_levels(levels)
-    if levels == MIN_LEVELS:
-        return Thresholds((_FIRST_DEFAULT_BYTES,))
-    ratio = _LAST_DEFAULT_BYTES / _FIRST_DEFAULT_BYTES
-    return Thresholds.of(round(_FIRST_DEFAULT_BYTES * ratio ** (i / (levels - 2))) for i in range(levels - 1))
+    return Thresholds(_DEFAULT_THRESHOLDS[levels])
 
 
 def default_dscp(levels: int) -> tuple[int, ...]:
@@ -85,6 +93,37 @@ def default_dscp(levels: int) -> tuple[int, ...]:
     """
     check_levels(levels)
     return tuple(8 * (min(levels, 7) - level) for level in range(levels))
+
+
+# What IEEE 802.1Q recommends for a port with K traffic classes (table "Recommended priority to traffic class mappings"),
+# turned round: for each class from the top, the lowest 802.1p priority that a switch maps to it. Priority 1 (background)
+# ranks below 0 (best effort). Levels marked so get a queue each on any switch that keeps to the table.
+_PCP_BY_LEVEL = {
+    2: (4, 1),
+    3: (6, 4, 1),
+    4: (6, 4, 2, 1),
+    5: (7, 6, 4, 2, 1),
+    6: (7, 6, 4, 2, 0, 1),
+    7: (7, 6, 4, 3, 2, 0, 1),
+    8: (7, 6, 5, 4, 3, 2, 0, 1),
+}
+
+
+def preset_dscp(preset: DscpPreset, levels: int) -> tuple[int, ...]:
+    """The code points of a preset, one per level, all of them class selectors (a switch reads 802.1p from their top bits).
+
+    Args:
+        preset: "class-selectors" (`default_dscp`), for switches whose queues follow the class selector; "802.1p", for
+            switches that have K queues and map 802.1p priorities to them as IEEE 802.1Q recommends.
+        levels: K.
+
+    Raises:
+        UsageError: `levels` outside 2..8.
+    """
+    if preset == "class-selectors":
+        return default_dscp(levels)
+    check_levels(levels)
+    return tuple(8 * priority for priority in _PCP_BY_LEVEL[levels])
 
 
 def check_levels(levels: int) -> None:
