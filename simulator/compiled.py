@@ -1,10 +1,15 @@
 """The decorator of all compiled functions: numba in nopython mode, machine code kept between runs.
 
-The first call after an installation compiles (some seconds); afterwards the code comes from `__pycache__`, or from
-numba's cache folder where that is not writable.
+The first call after an installation compiles (up to a minute for the fabric); afterwards the code is read from a cache.
+numba looks at the file of a function to see whether its code is stale, not at the functions it calls in other files, so
+the cache folder's name has a hash of all files with compiled code: a change in any of them compiles all anew.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import numba as nb
@@ -12,7 +17,28 @@ import numba as nb
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_HERE = Path(__file__).parent
+_SOURCES = ("arrays", "compiled", "fabric", "rank", "schemes", "sharing", "star")
+
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as machine code with the same signature."""
-    return cast(Callable[P, R], nb.njit(cache=True)(function))
+    before = nb.config.CACHE_DIR
+    nb.config.CACHE_DIR = _cache_dir()
+    try:
+        return cast(Callable[P, R], nb.njit(cache=True)(function))
+    finally:
+        nb.config.CACHE_DIR = before
+
+
+@cache
+def _cache_dir() -> str:
+    """Beside the byte code where that is writable, else in the user's cache."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((_HERE / f"{name}.py").read_bytes())
+    folder = f"kernels-{digest.hexdigest()[:12]}"
+    if os.access(_HERE, os.W_OK):
+        return str(_HERE / "__pycache__" / folder)
+    user = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return str(user / "fabricpilot" / folder)

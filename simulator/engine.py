@@ -42,7 +42,7 @@ class Simulation:
         physics: constants of hosts and links.
         receiver: all flows go to this host, whose link is the only bottleneck (fast). None: between any hosts.
         control_delay_s: a decision is in force this long after it was made.
-        tolerance: changes of a link's fair share below this part of its capacity are not followed up (fabric only).
+        tolerance: relative changes of a link's fair share below this are not followed up (fabric only).
 
     Raises:
         UsageError: the scheme cannot run on this fabric, or `receiver` is not its narrowest point.
@@ -265,7 +265,7 @@ def simulate(
     Uses the fast kernel where all flows go to one receiver whose link is the narrowest.
     """
     receiver = int(trace.destination[0])
-    alone = bool((trace.destination == receiver).all()) and _narrowest(topology, receiver)
+    alone = bool((trace.destination == receiver).all()) and is_only_bottleneck(topology, receiver)
     simulation = Simulation(scheme, topology, physics, receiver=receiver if alone else None)
     simulation.add(trace)
     return simulation.run().in_order_of_start()
@@ -287,7 +287,8 @@ def _on_fabric(scheme: Scheme) -> Scheme:
     return scheme
 
 
-def _narrowest(topology: Topology, receiver: int) -> bool:
+def is_only_bottleneck(topology: Topology, receiver: int) -> bool:
+    """Whether flows to `receiver` can only be held back by its own link: a star with no slower sender."""
     hosts, rates = topology.hosts, topology.link_bps
     if topology.spines or not 0 <= receiver < hosts:
         return False
@@ -296,7 +297,7 @@ def _narrowest(topology: Topology, receiver: int) -> bool:
 
 
 def _check_receiver(topology: Topology, receiver: int) -> None:
-    if not _narrowest(topology, receiver):
+    if not is_only_bottleneck(topology, receiver):
         raise UsageError(
             f"host {receiver} cannot be the only bottleneck: it takes a star where no sender's link is slower than its"
         )

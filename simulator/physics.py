@@ -36,6 +36,7 @@ class Physics:
     rtt_s: float = 165e-6  # as the sender's window sees it, interrupt moderation included
     initial_window: float = 3.0  # segments
     window_growth: float = 1.5  # per round trip; delayed acknowledgements make it less than 2
+    standing_queue: float = 1.0  # share of the scheme's standing queue that counts; 0 for none
     newcomer_share: float = 3.5
     newcomer_bytes: float = 350e3
 
@@ -56,9 +57,8 @@ class Physics:
         return rate_bps / 8 * self.segment_bytes / self.wire_bytes
 
 
-IDEAL = Physics(
-    segment_bytes=1, wire_bytes=1, base_latency_s=0.0, rtt_s=0.0, newcomer_bytes=0.0
-)  # the fluid alone: no headers, no latency, no transport
+# The fluid alone: no headers, no latency, no queues, no transport.
+IDEAL = Physics(segment_bytes=1, wire_bytes=1, base_latency_s=0.0, rtt_s=0.0, standing_queue=0.0, newcomer_bytes=0.0)
 
 
 def completion_s(
@@ -74,7 +74,7 @@ def completion_s(
         goodput: payload bytes per second of the narrowest link on the path, one number or shape (n,).
         queue_bytes: what stands in a queue that several flows share (payload bytes).
     """
-    queue_s = queue_bytes / goodput * np.minimum(peers / 2, 1.0)
+    queue_s = physics.standing_queue * queue_bytes / goodput * np.minimum(peers / 2, 1.0)
     alone_s = size_bytes / goodput
     gain_s = np.clip((peers + 1 - physics.newcomer_share) * alone_s, 0.0, physics.newcomer_bytes / goodput)
     gain_s = np.minimum(gain_s, np.maximum(fluid_s - alone_s, 0.0))

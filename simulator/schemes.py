@@ -10,15 +10,15 @@ from itertools import pairwise
 import numpy as np
 
 from fabricpilot.errors import UsageError
-from fabricpilot.levels import DEFAULT_LEVELS, MAX_LEVELS, Thresholds, check_levels, default_thresholds
+from fabricpilot.levels import MAX_LEVELS, Thresholds, check_levels, default_thresholds
 from simulator.published import published_thresholds, workload_of
 from simulator.workloads.distribution import SizeDistribution
 
 ATTAINED, SIZE, REMAINING, BACKLOG, PLACED = range(5)  # what a level is found from; `rank` has the rules
 SHARED, FIRST_COME, SHORTEST = range(3)  # order inside a level
 
-DEFAULT_SEND_BUFFER_BYTES = 4 << 20  # Linux's default maximum of tcp_wmem; a stock host shows about half of it
-STOCK_SEND_BUFFER_BYTES = 2 << 20
+DEFAULT_SEND_BUFFER_BYTES = 4_000_000  # Linux's default maximum of tcp_wmem; a stock host shows about half of it
+DEFAULT_LEVELS = MAX_LEVELS  # what switches have; an operator who keeps queues for others takes fewer
 
 MARKING_BYTES = 17_650.0  # standing queue of ECN-marked traffic: 150 us at 1 Gbit/s; see `physics`
 DROP_TAIL_BYTES = 125_000.0  # mean standing queue of a drop-tail port (an assumption: a half full 250 KB buffer)
@@ -95,7 +95,7 @@ def scheme(
     Args:
         name: a key of `NAMES`.
         thresholds: for mlfq, qlas, qsjf, backlog and backlog-sink; others have their own.
-        levels: K where no thresholds are given; 4 by default, 8 for the published ones.
+        levels: K where no thresholds are given, 8 by default.
         send_buffer_bytes: visible backlog.
         distribution: the flow sizes, needed by equal-split.
         workload: name of the workload, chooses among the published thresholds.
@@ -118,10 +118,10 @@ def scheme(
             raise UsageError("equal-split needs the distribution of flow sizes")
         return Scheme(name, thresholds=_floats(equal_split(distribution, levels or DEFAULT_LEVELS)))
     if name == "pias-published":
-        found = published_thresholds(workload_of(workload), load, levels or MAX_LEVELS)
+        found = published_thresholds(workload_of(workload), load, levels or DEFAULT_LEVELS)
         return Scheme(name, thresholds=_floats(found.thresholds))
     if name in ("qlas", "qsjf") and thresholds is None:
-        given = published_thresholds("websearch", 0.8, levels or MAX_LEVELS).thresholds
+        given = published_thresholds("websearch", 0.8, levels or DEFAULT_LEVELS).thresholds
     basis = {"qsjf": SIZE, "backlog": BACKLOG, "backlog-sink": PLACED}.get(name, ATTAINED)
     return Scheme(name, basis=basis, thresholds=_floats(given), send_buffer_bytes=float(round(send_buffer_bytes)))
 

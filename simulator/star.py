@@ -204,7 +204,8 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         else:
             k, bound = place(basis, thresholds[host[slot]], buffer_bytes, size[slot], remaining[slot])
         level[slot], boundary[slot] = k, max(bound, 0.0)
-        peers[slot] = max(peers[slot], population[k])
+        if order == SHARED:  # one at a time, nobody else's packets stand in the queue
+            peers[slot] = max(peers[slot], population[k])
         population[k] += 1
         if order == SHARED:
             tag[slot] = clock[k] + (remaining[slot] - boundary[slot])

@@ -3,7 +3,7 @@
 Every generator and importer returns one, and the engine runs one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,10 @@ class Trace:
             np.zeros(len(start), np.int32) if h is None else np.asarray(h, np.int32) for h in (source, destination)
         ]
         return cls(start[order], np.asarray(size_bytes, np.int64)[order], hosts[0][order], hosts[1][order])
+
+    def shifted(self, seconds: float) -> "Trace":
+        """The same flows, all later by `seconds`."""
+        return replace(self, start_s=self.start_s + seconds)
 
     def __len__(self) -> int:
         return len(self.start_s)
