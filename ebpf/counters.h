@@ -25,6 +25,7 @@ struct counters {
 	__u64 bytes[MAX_LEVELS];             /* their payload */
 	__u64 untracked[UNTRACKED_REASONS];  /* packets, by enum untracked_reason */
 	__u64 foreign_dscp;                  /* packets that kept an application's own DSCP; accounted, not tagged */
+	__u64 observed;                      /* packets accounted and levelled, but left alone: observe mode */
 	__u64 untagged;                      /* packets accounted before the first settings arrived */
 	__u64 flows_inserted;
 	__u64 flows_midlife;                 /* of those: TCP flows whose start was not seen */

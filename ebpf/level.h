@@ -13,7 +13,8 @@ struct settings {
 	__u32 priority[MAX_LEVELS];       /* skb->priority of each level, in the form the NIC's qdisc reads */
 	__u8 dscp[MAX_LEVELS];            /* code point of each level */
 	__u8 levels;                      /* K; 0: nothing was set yet, so count and do not tag */
-	__u8 pad[7];
+	__u8 observe;                     /* 1: compute and count everything, change no packet */
+	__u8 pad[6];
 };
 
 /* Key: slot, 0 or 1. Value: one whole vector of settings. */

@@ -66,6 +66,10 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 	}
 	counters->packets[level & (MAX_LEVELS - 1)] += segments;
 	counters->bytes[level & (MAX_LEVELS - 1)] += packet->payload_bytes;
+	if (settings->observe) {
+		counters->observed += segments;
+		return;
+	}
 	if (skb->priority != priority)
 		skb->priority = priority;
 	if (packet->dscp == dscp)

@@ -18,11 +18,12 @@ import msgspec
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import (
     DEFAULT_LEVELS,
+    DscpPreset,
     Thresholds,
     check_dscp,
     check_levels,
-    default_dscp,
     default_thresholds,
+    preset_dscp,
 )
 
 ENV_PREFIX = "FABRICPILOT_"
@@ -51,7 +52,9 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     backend: Literal["auto", "ebpf", "nftables", "fake"] = "auto"  # auto: nftables where BPF is refused; fake: no kernel
     levels: int = DEFAULT_LEVELS  # K, 2 to 8
     thresholds: list[int] = []  # K-1 ascending bytes; empty: the default for K, until central sends better
-    dscp: list[int] = []  # one code point per level; empty: class selectors CS<K> downwards
+    dscp: list[int] = []  # one code point per level; empty: what dscp_preset says
+    dscp_preset: DscpPreset = "class-selectors"  # CS<K> downwards; "802.1p": as switches map PCP to K queues
+    observe: bool = False  # true: compute and report everything, change no packet and no queue
     respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
     flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table
@@ -128,7 +131,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     @property
     def dscp(self) -> tuple[int, ...]:
         """The DSCP code point of each level."""
-        return tuple(self.datapath.dscp) or default_dscp(self.datapath.levels)
+        return tuple(self.datapath.dscp) or preset_dscp(self.datapath.dscp_preset, self.datapath.levels)
 
 
 class CentralConfig(Section, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, parse_rate
@@ -52,7 +53,10 @@ def plan_all(config: AgentConfig, ipr: IPRoute) -> dict[str, QueuePlan]:
     for interface in interfaces:
         if interface not in present:
             raise UsageError(f"interface '{interface}' does not exist; there are: {', '.join(sorted(present))}")
-    plans = {name: plan_queues(name, config.queues, config.datapath.levels, ipr) for name in interfaces}
+    queues = config.queues
+    if config.datapath.observe:  # packets keep their order, too
+        queues = msgspec.structs.replace(queues, kind="none")
+    plans = {name: plan_queues(name, queues, config.datapath.levels, ipr) for name in interfaces}
     kinds = {plan.kind for plan in plans.values()}
     if len({plan.priority for plan in plans.values()}) > 1:
         # One vector of skb->priority serves all NICs, so their qdiscs must read it alike.
@@ -88,6 +92,7 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             dscp=config.dscp,
             priority=next(iter(plans.values())).priority,
             respect_dscp=config.datapath.respect_dscp,
+            observe=config.datapath.observe,
         )
         datapath.apply(settings)
         undo.pop_all()

@@ -182,6 +182,9 @@ class FakeDatapath:
             return Tag(level, dscp, None)
         self._counted[f"packets_level_{level}"] += segments
         self._counted[f"bytes_level_{level}"] += payload_bytes
+        if settings.observe:
+            self._counted["observed"] += segments
+            return Tag(level, dscp, None)
         return Tag(level, settings.dscp[level], settings.priority[level])
 
 

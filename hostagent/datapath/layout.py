@@ -16,7 +16,8 @@ SETTINGS_DTYPE = np.dtype(
         ("priority", "<u4", MAX_LEVELS),
         ("dscp", "u1", MAX_LEVELS),
         ("levels", "u1"),
-        ("pad", "u1", 7),
+        ("observe", "u1"),
+        ("pad", "u1", 6),
     ]
 )
 
@@ -35,6 +36,7 @@ UNTRACKED_REASONS = (
 # Single counters behind the per-level ones, in the order of `struct counters`.
 SINGLE_COUNTERS = (
     "foreign_dscp",
+    "observed",
     "untagged",
     "flows_inserted",
     "flows_midlife",
@@ -66,6 +68,7 @@ def pack_settings(settings: Settings) -> npt.NDArray[np.void]:
     packed["priority"][:levels] = settings.priority
     packed["dscp"][:levels] = settings.dscp
     packed["levels"] = levels
+    packed["observe"] = settings.observe
     # Unmarked packets and those marked by us before (retransmissions keep the socket's mark, forwarded ones the
     # sender's) may be marked anew.
     packed["writable_dscp"] = sum(1 << dscp for dscp in {0, *settings.dscp}) if settings.respect_dscp else _ANY_DSCP
@@ -82,6 +85,7 @@ def unpack_settings(packed: npt.NDArray[np.void]) -> Settings | None:
         dscp=tuple(int(d) for d in packed["dscp"][:levels]),
         priority=tuple(int(p) for p in packed["priority"][:levels]),
         respect_dscp=int(packed["writable_dscp"]) != _ANY_DSCP,
+        observe=bool(packed["observe"]),
     )
 
 

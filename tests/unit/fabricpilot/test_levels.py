@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabricpilot.errors import UsageError
-from fabricpilot.levels import Thresholds, check_dscp, default_dscp, default_thresholds
+from fabricpilot.levels import Thresholds, check_dscp, default_dscp, default_thresholds, preset_dscp
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,26 @@ def test_defaults_are_valid_for_every_k(levels):
     dscp = default_dscp(levels)
     check_dscp(dscp, levels)
     assert list(dscp) == sorted(dscp, reverse=True)
+
+
+# IEEE 802.1Q, recommended priority to traffic class mappings: class of priority 0..7, by number of classes.
+TRAFFIC_CLASS = {
+    2: (0, 0, 0, 0, 1, 1, 1, 1),
+    3: (0, 0, 0, 0, 1, 1, 2, 2),
+    4: (0, 0, 1, 1, 2, 2, 3, 3),
+    5: (0, 0, 1, 1, 2, 2, 3, 4),
+    6: (1, 0, 2, 2, 3, 3, 4, 5),
+    7: (1, 0, 2, 3, 4, 4, 5, 6),
+    8: (1, 0, 2, 3, 4, 5, 6, 7),
+}
+
+
+@pytest.mark.parametrize("levels", range(2, 9))
+def test_the_8021p_preset_gives_each_level_a_queue_of_its_own_in_order(levels):
+    dscp = preset_dscp("802.1p", levels)
+    check_dscp(dscp, levels)
+    assert [TRAFFIC_CLASS[levels][d >> 3] for d in dscp] == list(reversed(range(levels)))
+    assert preset_dscp("class-selectors", levels) == default_dscp(levels)
 
 
 @pytest.mark.parametrize("levels", [-1, 1, 9])

@@ -223,6 +223,23 @@ def test_foreign_dscp_is_overwritten_where_asked(sender):
     assert sender.datapath.counters()["foreign_dscp"] == 0
 
 
+def test_observe_mode_computes_and_counts_everything_and_changes_no_packet(sender):
+    watched = Settings(Thresholds(THRESHOLDS), DSCP, PRIORITY, observe=True)
+    sender.datapath.apply(watched)
+    assert sender.datapath.settings() == watched
+    sender.send(FLOW, syn=True)
+    for dscp in (0, DSCP[2]):
+        left = sender.send(FLOW, 1200, dscp=dscp)
+        assert (left.dscp, left.priority) == (dscp, None)
+    state = state_of(sender.datapath, FLOW)
+    assert (state["attained_bytes"], state["level"]) == (2400, 1)
+    counters = sender.datapath.counters()
+    assert counters["observed"] == 3
+    assert (counters["bytes_level_0"], counters["bytes_level_1"]) == (1200, 1200)
+    sender.datapath.apply(SETTINGS)
+    assert_level(sender.send(FLOW, 1200), 1)
+
+
 def test_new_settings_hold_from_the_next_packet(sender):
     sender.send(FLOW, syn=True)
     sender.send(FLOW, 600)
