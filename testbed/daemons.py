@@ -174,7 +174,9 @@ class Daemons:
         while time.monotonic() < until:
             if not program.alive:
                 said = program.log.read_text(errors="replace").strip().splitlines()
-                raise FabricpilotError(f"{program.name} ended: {said[-1] if said else 'it said nothing'}")
+                lacking = program.popen.returncode == KernelError.exit_code
+                kind = KernelError if lacking else FabricpilotError
+                raise kind(f"{program.name} ended: {said[-1] if said else 'it said nothing'}")
             try:
                 if good(ask(self.dir / socket, "status")):
                     return

@@ -13,7 +13,7 @@ _COLUMNS = ("mean_us", "p50_us", "p99_us", "mean_slowdown")
 def fct_table(schemes: Mapping[str, Mapping[str, FctSummary]]) -> Table:
     """FCT in milliseconds and mean slowdown; the last scheme is compared with the first."""
     names = list(schemes)
-    table = Table(title="Flow completion times (ms)", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Flow completion times (ms)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("flow size", no_wrap=True)
     table.add_column("scheme", no_wrap=True)
     for heading in ("flows", "mean", "median", "p99", "slowdown"):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from pyroute2 import IPRoute, netns
 
-from fabricpilot.errors import KernelError, UsageError
+from fabricpilot.errors import FabricpilotError, KernelError, UsageError
 from fabricpilot.levels import Thresholds
 from testbed.capture.oracle import InForce, check
 from testbed.capture.packets import read_packets
 from testbed.capture.ring import RingCapture
+from testbed.daemons import Daemons
 from testbed.flows.recorded import RecordedTrace
 from testbed.flows.replay import replay
 from testbed.netns import star as star_module
@@ -201,3 +202,16 @@ def test_port_counters_and_rtt_come_from_the_star(run: Run, tmp_path: Path) -> N
     assert 1 < base_rtt_us(star) < 100_000
     before = tcp_counters(star)
     assert tcp_counters(star).since(before).retransmitted_segments == 0
+
+
+def test_a_daemon_that_cannot_start_is_told_with_its_own_words(run: Run, tmp_path: Path) -> None:
+    star = StarPlan(run, 1)
+    star.build()
+    programs = Programs(run, tmp_path / "logs")
+    daemons = Daemons(star, programs, 100_000_000, 5.0)
+    with IPRoute(netns=star.sender_hosts[0].namespace) as link:  # the NIC it is to schedule has gone
+        link.link("del", index=link.link_lookup(ifname=DATA_PORT)[0])
+    with pytest.raises(FabricpilotError, match=r"agent-s0 ended: .*interface 'eth0' does not exist"):
+        daemons.start()
+    daemons.stop()
+    assert not any(program.alive for program in programs.started)
