@@ -1,4 +1,4 @@
-"""Packets through the netfilter data path: real ones, from a namespace to its peer, with the interface of `FakeDatapath.send`.
+"""Packets through the netfilter data path: real ones, from one namespace to another, as `FakeDatapath.send` takes them.
 
 Raw sockets write whole IP packets, so any 5-tuple can be sent; they pass conntrack and all hooks like those of a
 socket. The peer answers a SYN on the wire, for conntrack to see a handshake; TCP headers are those of a Linux host.
@@ -167,3 +167,22 @@ def _number(shown) -> int:
         return 0
     major, _, minor = shown.partition(":")
     return int(major or "0", 16) << 16 | int(minor or "0", 16)
+
+
+# Prologue of a process to whom the kernel refuses bpf(2), as lockdown and a container's seccomp profile do.
+REFUSE_BPF = """
+import ctypes, struct
+def instruction(code, jt, jf, k):
+    return struct.pack("=HBBI", code, jt, jf, k)
+program = b"".join([
+    instruction(0x20, 0, 0, 0),            # load the number of the system call
+    instruction(0x15, 0, 1, 321),          # bpf on x86_64?
+    instruction(0x06, 0, 0, 0x00050001),   # SECCOMP_RET_ERRNO | EPERM
+    instruction(0x06, 0, 0, 0x7fff0000),   # SECCOMP_RET_ALLOW
+])
+code = ctypes.create_string_buffer(program, len(program))
+given = struct.pack("=HxxxxxxQ", 4, ctypes.addressof(code))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0                                        # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.create_string_buffer(given, len(given)), 0, 0) == 0  # PR_SET_SECCOMP, filter
+"""

@@ -75,7 +75,7 @@ class NftablesDatapath:
         self._nft = Nft()
         self._dump = NetfilterDump()
         self._state = self._installed()
-        self._changed = False  # this process has brought the table to what it is, and keeps it so
+        self._kept: State | None = None  # what this process has applied, and keeps installed
         self._last = NO_FLOWS
         self._forgotten = np.zeros(0, _FORGOTTEN_DTYPE)
         self._offset_ns = realtime_offset_ns()
@@ -114,7 +114,7 @@ class NftablesDatapath:
             if name in SYSCTLS:
                 _write_sysctl(name, value)
         self._nft.run(nft_rules.remove(), "removing the data path")
-        self._state, self._changed = None, False
+        self._state, self._kept = None, None
         self._last = NO_FLOWS
 
     def apply(self, settings: Settings) -> None:
@@ -123,7 +123,7 @@ class NftablesDatapath:
         wanted = replace(state, settings=settings, flow_timeout_s=self._flow_timeout_s)
         if wanted != state:
             self._install(wanted)
-        self._changed = True
+        self._kept = self._state
 
     def settings(self) -> Settings | None:
         """See `Datapath.settings`."""
@@ -136,15 +136,15 @@ class NftablesDatapath:
         A flow whose conntrack entry has gone is shown as ended until it is forgotten.
         """
         read_at_ns = time.monotonic_ns()
-        if self._state is None:
-            return FlowTable.empty(read_at_ns)
         try:
-            current = self._read()
+            current = self._read() if self._state is not None else None
         except FileNotFoundError:
-            self._bring_back()
-            return FlowTable.empty(read_at_ns)
+            current = None
         except OSError as error:
             raise KernelError(f"cannot read the flow table: {error.strerror}") from error
+        if current is None:
+            self._bring_back()
+            return FlowTable.empty(read_at_ns)
         self._count_new(current)
         self._settle_times(current)
         departed = self._last.take(~contained(self._last.codes, current.codes))
@@ -240,15 +240,17 @@ class NftablesDatapath:
     def _install(self, state: State) -> None:
         self._nft.run(nft_rules.install(state), "installing the rules")
         self._state = state
+        if self._kept is not None:
+            self._kept = state
 
     def _bring_back(self) -> None:
-        """After somebody removed the table under us (`nft flush ruleset` does): once, where this process put it."""
-        state, self._state, self._last = self._state, None, NO_FLOWS
-        if state is None or not self._changed:
+        """After somebody removed the table under us (`nft flush ruleset` does), where this process had applied it."""
+        self._state, self._last = None, NO_FLOWS
+        if self._kept is None:
             return
         log.warning("table %s was removed by somebody else; bringing it back, its flow table starts afresh", _TABLE)
-        self._nft.run(nft_rules.prepare(state), "making the table")
-        self._install(state)
+        self._nft.run(nft_rules.prepare(self._kept), "making the table")
+        self._install(self._kept)
         self._counted["fresh_starts"] += 1
 
     # --- flows --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datapath_kit import bpf_file_system, run, start_agent
+from nft_kit import REFUSE_BPF
 
 from fabricpilot.config import DatapathSection
 from hostagent.support import probe
@@ -57,7 +58,7 @@ def test_no_root():
 
 def test_bpf_refused_by_a_seccomp_filter():
     # A container's default seccomp profile answers bpf(2) with EPERM; so does a locked-down kernel.
-    code = SECCOMP + PROBE
+    code = REFUSE_BPF + PROBE
     agent = start_agent(code, "/sys/fs/bpf/fabricpilot", "ebpf")
     found = json.loads(agent.communicate(timeout=60)[0])
     assert found["bpf"] == [
@@ -69,31 +70,13 @@ def test_bpf_refused_by_a_seccomp_filter():
 
 
 def test_where_bpf_is_refused_auto_is_nftables_and_says_what_it_cannot():
-    agent = start_agent(SECCOMP + PROBE, "/sys/fs/bpf/fabricpilot", "auto")
+    agent = start_agent(REFUSE_BPF + PROBE, "/sys/fs/bpf/fabricpilot", "auto")
     found = json.loads(agent.communicate(timeout=60)[0])
     assert [name for name, (ok, required, _) in found.items() if required and not ok] == []
     assert found["bpf"][0] is False
     assert found["nftables"] == [True, True, ""]
     assert found["can_adopt"][0]
     assert found["can_exact_payload"] == [False, False, "not with the nftables data path"]
-
-
-SECCOMP = """
-import ctypes, struct
-def instruction(code, jt, jf, k):
-    return struct.pack("=HBBI", code, jt, jf, k)
-program = b"".join([
-    instruction(0x20, 0, 0, 0),            # load the number of the system call
-    instruction(0x15, 0, 1, 321),          # bpf on x86_64?
-    instruction(0x06, 0, 0, 0x00050001),   # SECCOMP_RET_ERRNO | EPERM
-    instruction(0x06, 0, 0, 0x7fff0000),   # SECCOMP_RET_ALLOW
-])
-code = ctypes.create_string_buffer(program, len(program))
-given = struct.pack("=HxxxxxxQ", 4, ctypes.addressof(code))
-libc = ctypes.CDLL(None)
-assert libc.prctl(38, 1, 0, 0, 0) == 0                                        # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, ctypes.create_string_buffer(given, len(given)), 0, 0) == 0  # PR_SET_SECCOMP, filter
-"""
 
 
 def test_the_services_capabilities_are_enough(tmp_path):
@@ -127,7 +110,7 @@ def test_fake_needs_nothing():
 def test_under_ip_netns_exec_the_standard_mount_is_not_made(make_netns):
     name = make_netns("exec")
     done = subprocess.run(
-        ["ip", "netns", "exec", name, sys.executable, "-P", "-c", PROBE, "/sys/fs/bpf/fabricpilot"],
+        ["ip", "netns", "exec", name, sys.executable, "-P", "-c", PROBE, "/sys/fs/bpf/fabricpilot", "auto"],
         capture_output=True,
         text=True,
         check=True,
