@@ -66,7 +66,8 @@ struct dctcp {
 	__u32 reduced_from;   /* cwnd before it */
 	__u32 target;         /* cwnd after it */
 	__u32 fraction;       /* of cwnd (when reducing: of target), unit 1 / cwnd */
-	__u32 prr_delivered;  /* delivered since it began */
+	__u32 prr_from;       /* in flight when it began */
+	__u32 prr_delivered;  /* delivered since */
 	__u32 last_delivered; /* delivered at the previous ACK */
 	/* receiver */
 	__u8 ce;            /* DCTCP.CE */
@@ -142,14 +143,14 @@ static __always_inline void restart_after_idle(struct tcp_sock *tp, struct dctcp
 
 /*
  * Whether packets before the one at hand still wait for their ACK. The delayed-ACK timer does not tell: since Linux 6.7
- * ACKs due while a reader holds the socket wait for it without one. RCV.WUP is RCV.NXT when the last ACK was sent, but
- * for an ACK of ours, which covers less.
+ * ACKs due while a reader holds the socket wait for it without one. RCV.WUP is RCV.NXT when the last ACK was sent;
+ * after an ACK of ours, which covers less, that is true once the ACK demanded with it has gone too.
  */
 static __always_inline int ack_owed(const struct tcp_sock *tp, const struct dctcp *ca)
 {
-	__u32 acked = tp->rcv_wup == ca->early_wup ? ca->early_ack : tp->rcv_wup;
+	int only_early = tp->rcv_wup == ca->early_wup && (tp->inet_conn.icsk_ack.pending & ICSK_ACK_NOW);
 
-	return before(acked, ca->last_rcv_nxt);
+	return before(only_early ? ca->early_ack : tp->rcv_wup, ca->last_rcv_nxt);
 }
 
 /* The receiver. Called for each arriving data packet, after RCV.NXT has moved over it, before any ACK is sent. */

@@ -48,6 +48,7 @@ static __always_inline void begin_episode(struct tcp_sock *tp, struct dctcp *ca,
 	ca->target = at_least_min(whole);
 	ca->fraction = whole < MIN_CWND_PKTS ? 0 : ((window & ((1 << FRACTION_BITS) - 1)) * whole) >> FRACTION_BITS;
 	ca->episode_end = end;
+	ca->prr_from = in_flight_pkts(tp);
 	ca->prr_delivered = 0;
 	ca->reducing = 1;
 }
@@ -61,13 +62,13 @@ static __always_inline void approach_target(struct tcp_sock *tp, struct dctcp *c
 	__u32 in_flight = in_flight_pkts(tp);
 	__s64 send;
 
-	if (!delivered || !ca->reduced_from)
+	if (!delivered)
 		return;
 	ca->prr_delivered += delivered;
-	if (in_flight > ca->target) {
-		__u64 due = (__u64)ca->prr_delivered * ca->target + ca->reduced_from - 1;
+	if (in_flight > ca->target && ca->prr_from) {
+		__u64 due = (__u64)ca->prr_delivered * ca->target + ca->prr_from - 1;
 
-		send = (__s64)(due / ca->reduced_from) - tp->prr_out;
+		send = (__s64)(due / ca->prr_from) - tp->prr_out;
 	} else {
 		__s64 limit = (__s64)ca->prr_delivered - tp->prr_out;
 

@@ -80,6 +80,8 @@ def test_alpha_and_window_follow_the_rfc(star):
         before = record
     assert records["window_ended"].sum() > 200
     assert reductions > 20
+    # It settles: a reduction that does not reach what is in flight would have every ACK marked for good.
+    assert records["ece"][records["kind"] == ACK][len(alphas) // 2 :].mean() < 0.6
     assert max(alphas[len(alphas) // 2 :]) - min(alphas[len(alphas) // 2 :]) > 0.01  # it did move
 
 
@@ -94,6 +96,14 @@ def test_losses_halve_the_window_and_are_repaired(star):
     expected = np.maximum(2, records["cwnd_pkts"][starts - 1] / 2)
     assert np.abs(records["ssthresh_pkts"][starts] - expected).max() <= 1
     assert received_bytes * 8 / 2.0 > 0.85 * RATE_BPS  # and the flow goes on
+
+
+def test_marks_on_every_packet_bring_the_window_to_its_least(star):
+    """Episodes that follow one another without a pause between them must go on reducing what is in flight."""
+    records, received_bytes = records_of_sender(star, buffer_bytes=300_000, k_bytes=1, seconds=0.5)
+    acks = records[records["kind"] == ACK]
+    assert np.median((acks["snd_nxt"] - acks["snd_una"])[-100:]) <= 3 * 1448
+    assert received_bytes > 1_000_000
 
 
 def test_receiver_echoes_exactly_what_was_marked(star):
