@@ -146,7 +146,8 @@ def _run_scheme(
                 window.at(elapsed_s)
 
         try:
-            results = replay(star, programs, trace, out_dir, drain_s=plan.drain_s, progress=progress)
+            drain_s = plan.drain_s(int(trace.size_bytes.max()))
+            results = replay(star, programs, trace, out_dir, drain_s=drain_s, progress=progress)
         finally:
             if window is not None:
                 window.stop()

@@ -87,10 +87,9 @@ class RunPlan:
         """How long the capture lasts; less on a fast link, where the ring is full sooner."""
         return min(_CAPTURE_S, self.duration_s * 0.3, _MAX_CAPTURED * 1000 * 8 / (2 * self.rate_bps))
 
-    @property
-    def drain_s(self) -> float:
+    def drain_s(self, largest_bytes: int) -> float:
         """How long after the last arrival flows may still complete; those that do not are lost."""
-        return 20.0
+        return 20.0 + 10 * largest_bytes * 8 / self.rate_bps
 
 
 def _check(option: str, value: float, low: float, high: float) -> None:

@@ -2,7 +2,8 @@
 
 Flows of a few log-spaced sizes are sent one at a time through the idle star, each size several times; the smallest
 time of a size is its ideal FCT (nothing on a machine makes a flow faster than the path allows; much makes it slower).
-Between the sizes, ideal FCT is interpolated linearly in size, which is how time grows on a link.
+Between the sizes, ideal FCT is interpolated linearly in size, which is how time grows on a link; beyond what the link
+carries in a quarter of a second, where only its rate counts, it is continued so.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ SIZES = 10
 REPEATS = 7
 _PAUSE_S = 0.015  # between flows, beyond twice the time the link needs
 _DRAIN_S = 3.0
+_LONGEST_S = 0.25  # what a flow may take on the link to be measured
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Calibration:
     fct_ns: tuple[int, ...]
 
     def ideal_ns(self, size_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Ideal FCT of each size (shape kept), in nanoseconds."""
-        ideal: npt.NDArray[np.float64] = np.interp(size_bytes, self.size_bytes, self.fct_ns)
+        """Ideal FCT of each size in nanoseconds (shape kept); beyond the largest it goes on as between the last two."""
+        (size_a, size_b), (fct_a, fct_b) = self.size_bytes[-2:], self.fct_ns[-2:]
+        beyond_ns = np.maximum(0, size_bytes - size_b) * (fct_b - fct_a) / (size_b - size_a)
+        ideal: npt.NDArray[np.float64] = np.interp(size_bytes, self.size_bytes, self.fct_ns) + beyond_ns
         return ideal
 
     @property
@@ -44,8 +48,9 @@ class Calibration:
 
 
 def calibration_trace(max_size_bytes: int, rate_bps: int, senders: int) -> RecordedTrace:
-    """Flows one at a time: `SIZES` log-spaced sizes up to the largest of interest, each `REPEATS` times."""
-    ladder = np.unique(np.rint(np.geomspace(MIN_FLOW_BYTES, max(max_size_bytes, 2 * MIN_FLOW_BYTES), SIZES)))
+    """Flows one at a time: `SIZES` log-spaced sizes up to the largest worth measuring, each `REPEATS` times."""
+    largest = max(10 * MIN_FLOW_BYTES, min(max_size_bytes, _LONGEST_S * rate_bps / 8))
+    ladder = np.unique(np.rint(np.geomspace(MIN_FLOW_BYTES, largest, SIZES)))
     sizes = np.repeat(ladder.astype(np.int64), REPEATS)
     gaps_s = 2 * sizes * 8 / rate_bps + _PAUSE_S
     start_ns = np.concatenate(([0], np.rint(np.cumsum(gaps_s)[:-1] * 1e9))).astype(np.int64)

@@ -40,7 +40,9 @@ def change(before: float | None, after: float | None) -> float | None:
 def _cell(value: float | None, column: str) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if column == "mean_slowdown" else f"{value / 1000:,.2f}"
+    if column != "mean_slowdown":
+        value /= 1000  # milliseconds
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _coloured(relative: float | None) -> str:

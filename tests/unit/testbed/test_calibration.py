@@ -26,6 +26,17 @@ def test_ideal_is_the_best_of_each_size_and_linear_between() -> None:
     np.testing.assert_allclose(calibration.ideal_ns(np.array([100, 200, 300])), [4_000, 6_000, 8_000])
 
 
+def test_ideal_goes_on_beyond_the_largest_size() -> None:
+    calibration = Calibration((100, 200, 300), (4_000, 5_000, 8_000))
+    np.testing.assert_allclose(calibration.ideal_ns(np.array([300, 400, 1_300])), [8_000, 11_000, 38_000])
+
+
+def test_huge_flows_are_not_sent_to_calibrate() -> None:
+    trace = calibration_trace(100_000_000, 200_000_000, 2)
+    assert trace.size_bytes.max() == 6_250_000  # a quarter of a second
+    assert trace.start_ns[-1] < 15e9
+
+
 def test_ideal_never_falls_with_size() -> None:
     trace = RecordedTrace(np.arange(2), np.array([100, 300]), np.zeros(2, np.int64))
     measured = Results(trace, np.array([5_000, 4_000]), np.zeros(2, np.int64), {})
