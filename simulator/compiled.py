@@ -23,10 +23,19 @@ _SOURCES = ("arrays", "compiled", "fabric", "rank", "schemes", "sharing", "star"
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as machine code with the same signature."""
+    return _njit(function)
+
+
+def inner(function: Callable[P, R]) -> Callable[P, R]:
+    """As `compiled`, for functions that only compiled ones call: without the costly entry from Python."""
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def _njit(function: Callable[P, R], **options: bool) -> Callable[P, R]:
     before = nb.config.CACHE_DIR
     nb.config.CACHE_DIR = _cache_dir()
     try:
-        return cast(Callable[P, R], nb.njit(cache=True)(function))
+        return cast(Callable[P, R], nb.njit(cache=True, **options)(function))
     finally:
         nb.config.CACHE_DIR = before
 

@@ -28,7 +28,7 @@ from simulator.arrays import (
     Paths,
     Rule,
 )
-from simulator.compiled import compiled
+from simulator.compiled import compiled, inner
 from simulator.rank import place
 from simulator.sharing import Sharing, join, leave, update
 
@@ -90,7 +90,7 @@ class Fabric(NamedTuple):
 _PER_SLOT = Fabric._fields[:15]
 
 
-@compiled
+@inner
 def _up(heap: Ints, at: Ints, due: Floats, i: int) -> None:
     slot = heap[i]
     while i > 0:
@@ -104,7 +104,7 @@ def _up(heap: Ints, at: Ints, due: Floats, i: int) -> None:
     at[slot] = i
 
 
-@compiled
+@inner
 def _down(heap: Ints, n: int, at: Ints, due: Floats, i: int) -> None:
     slot = heap[i]
     while True:
@@ -122,7 +122,7 @@ def _down(heap: Ints, n: int, at: Ints, due: Floats, i: int) -> None:
     at[slot] = i
 
 
-@compiled
+@inner
 def _unschedule(f: Fabric, slot: int) -> None:
     i = f.at[slot]
     if i < 0:
@@ -137,7 +137,7 @@ def _unschedule(f: Fabric, slot: int) -> None:
         _down(f.heap, n, f.at, f.due, f.at[f.heap[i]])
 
 
-@compiled
+@inner
 def _schedule(f: Fabric, slot: int, due: float) -> None:
     earlier = due < f.due[slot]
     f.due[slot] = due
@@ -153,14 +153,14 @@ def _schedule(f: Fabric, slot: int, due: float) -> None:
         _down(f.heap, f.counters[DUE], f.at, f.due, i)
 
 
-@compiled
+@inner
 def _sync(f: Fabric, x: Sharing, slot: int) -> None:
     sent = x.rate[slot] * (f.now[0] - f.synced[slot])
     f.remaining[slot] = max(f.remaining[slot] - sent, f.boundary[slot])
     f.synced[slot] = f.now[0]
 
 
-@compiled
+@inner
 def _apply_rates(f: Fabric, x: Sharing) -> None:
     """Take over the rates of the flows that `sharing` changed, and when their next events are due."""
     n = update(x, f.changed, f.new_rate)
@@ -174,7 +174,7 @@ def _apply_rates(f: Fabric, x: Sharing) -> None:
             _unschedule(f, slot)
 
 
-@compiled
+@inner
 def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
     if f.fixed[slot] >= 0:
         level, bound = f.fixed[slot], 0.0

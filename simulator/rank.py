@@ -13,11 +13,11 @@ Thresholds follow `fabricpilot.levels`: a flow has the level k when it has reach
 """
 
 from simulator.arrays import Floats
-from simulator.compiled import compiled
+from simulator.compiled import inner
 from simulator.schemes import ATTAINED, BACKLOG, PLACED, SIZE
 
 
-@compiled
+@inner
 def _reached(row: Floats, value: float) -> int:
     """How many of the ascending thresholds `row` are at most `value`."""
     level = 0
@@ -26,7 +26,7 @@ def _reached(row: Floats, value: float) -> int:
     return level
 
 
-@compiled
+@inner
 def _exceeded(row: Floats, value: float) -> int:
     """How many of the ascending thresholds `row` are below `value`."""
     level = 0
@@ -35,7 +35,7 @@ def _exceeded(row: Floats, value: float) -> int:
     return level
 
 
-@compiled
+@inner
 def _place_once(basis: int, row: Floats, buffer_bytes: float, size: float, remaining: float) -> tuple[int, float]:
     attained = size - remaining
     if basis == SIZE:
@@ -55,7 +55,7 @@ def _place_once(basis: int, row: Floats, buffer_bytes: float, size: float, remai
     return level, row[level - 1] if level > 0 else 0.0
 
 
-@compiled
+@inner
 def place(basis: int, row: Floats, buffer_bytes: float, size: float, remaining: float) -> tuple[int, float]:
     """Level of a flow, and the remaining bytes at which its level changes next (0 or less: it ends first).
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simulator.arrays import Floats, Ints, Paths
-from simulator.compiled import compiled
+from simulator.compiled import inner
 
 TOLERANCE = 1e-3  # relative change of a fair share that is not followed up: no rate is wrong by more
 MAX_FABRIC_LEVELS = 64  # a link's occupied and pending levels are the bits of one integer
@@ -92,7 +92,7 @@ class Sharing(NamedTuple):
         return self._replace(**{name: doubled(name) for name in slots})
 
 
-@compiled
+@inner
 def _mark(x: Sharing, link: int, level: int) -> None:
     if x.pending[link] == 0:
         x.pending_links[x.counts[PENDING]] = link
@@ -100,7 +100,7 @@ def _mark(x: Sharing, link: int, level: int) -> None:
     x.pending[link] |= np.int64(1) << np.int64(level)
 
 
-@compiled
+@inner
 def _touch(x: Sharing, slot: int) -> None:
     if x.is_touched[slot] == 0:
         x.is_touched[slot] = 1
@@ -108,7 +108,7 @@ def _touch(x: Sharing, slot: int) -> None:
         x.counts[TOUCHED] += 1
 
 
-@compiled
+@inner
 def join(x: Sharing, slot: int) -> None:
     """Put a flow, whose path and level are set, on its links; call `update` when all changes are made."""
     hops = x.path.shape[1]
@@ -130,7 +130,7 @@ def join(x: Sharing, slot: int) -> None:
         _mark(x, link, level)
 
 
-@compiled
+@inner
 def leave(x: Sharing, slot: int) -> None:
     """Take a flow off its links; call `update` when all changes are made."""
     hops = x.path.shape[1]
@@ -154,7 +154,7 @@ def leave(x: Sharing, slot: int) -> None:
     x.rate[slot] = 0.0
 
 
-@compiled
+@inner
 def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: int) -> float:
     """The smallest share on a flow's path, two links left out."""
     smallest = np.inf
@@ -167,7 +167,7 @@ def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: i
     return smallest
 
 
-@compiled
+@inner
 def _water_level(limit: Floats, n: int, given: float) -> float:
     """The share that fills `given` when the first `n` flows take no more than their `limit` (reordered)."""
     left, sharing = given, n
@@ -186,7 +186,7 @@ def _water_level(limit: Floats, n: int, given: float) -> float:
     return np.inf
 
 
-@compiled
+@inner
 def _settle_level(x: Sharing, level: int) -> None:
     """Recompute shares of the pending links of one level, and of those that feel it, until none changes."""
     capacity, path, share, limit, used = x.capacity, x.path, x.share, x.limit, x.used
@@ -274,7 +274,7 @@ def _settle_level(x: Sharing, level: int) -> None:
     x.counts[RECOMPUTED] += recomputed
 
 
-@compiled
+@inner
 def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
     """Bring all rates up to date after joins and leaves.
 

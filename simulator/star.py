@@ -31,7 +31,7 @@ from simulator.arrays import (
     Ints,
     Rule,
 )
-from simulator.compiled import compiled
+from simulator.compiled import compiled, inner
 from simulator.rank import place
 from simulator.schemes import SHARED, SHORTEST
 
@@ -90,12 +90,12 @@ class Star(NamedTuple):
 _PER_SLOT = Star._fields[:12]
 
 
-@compiled
+@inner
 def _before(level: Ints, tag: Floats, a: int, b: int) -> bool:
     return bool(level[a] < level[b] or (level[a] == level[b] and tag[a] < tag[b]))
 
 
-@compiled
+@inner
 def _sift_down(heap: Ints, n: int, level: Ints, tag: Floats, at: int) -> None:
     slot = heap[at]
     while True:
@@ -111,7 +111,7 @@ def _sift_down(heap: Ints, n: int, level: Ints, tag: Floats, at: int) -> None:
     heap[at] = slot
 
 
-@compiled
+@inner
 def _sift_up(heap: Ints, level: Ints, tag: Floats, at: int) -> None:
     slot = heap[at]
     while at > 0:

@@ -1,0 +1,126 @@
+"""`fabricpilot bench simulator`: how fast the kernels are, how that grows, and what memory they take.
+
+Every figure is from one process on one core, after a run that compiles. An event is an arrival, a change of level or an
+end. CPU time is measured, so that other work on the machine does not count.
+"""
+
+import json
+import time
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A tenth of the work, for a first look.")
+@click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
+def simulator(quick: bool, as_json: bool) -> None:
+    """Measure the simulator: events per second, growth, memory."""
+    results = measure(0.1 if quick else 1.0)
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "events/s", "events", "active flows", "state (KB)", title="simulator, one core")
+    for case in results["cases"]:
+        table.add_row(
+            case["name"],
+            f"{case['events_per_second']:,.0f}",
+            f"{case['events']:,}",
+            f"{case['mean_active']:.0f} (peak {case['peak_active']})",
+            f"{case['state_bytes'] / 1e3:,.0f}",
+        )
+    Console().print(table)
+
+
+def measure(scale: float = 1.0) -> dict[str, Any]:
+    """All cases; `scale` multiplies the number of flows.
+
+    `events_per_second` is the headline: the star with about 100 active flows, fair sharing (the most flows in service).
+    """
+    from simulator.schemes import scheme
+    from simulator.topology import leaf_spine, star
+
+    cases = []
+    for name, active in (("star, 10 active", 10), ("star, 100 active", 100), ("star, 1000 active", 1000)):
+        cases.append(_star_case(name, "fair", active, round(1_000_000 * scale)))
+    for ranks in ("mlfq", "backlog", "srpt", "las"):
+        cases.append(_star_case(f"star, 100 active, {ranks}", ranks, 100, round(300_000 * scale)))
+    for hosts in (32, 128, 512):
+        cases.append(_fabric_case(f"all to all, {hosts} hosts, mlfq", star(hosts, 1e9), scheme("mlfq"), scale))
+    for leaves in (4, 16):
+        fabric = leaf_spine(leaves, 4, 8, 1e9, 2.0)
+        name = f"leaf-spine, {fabric.hosts} hosts, {fabric.links} links, mlfq"
+        cases.append(_fabric_case(name, fabric, scheme("mlfq"), scale))
+    headline = next(case for case in cases if case["name"] == "star, 100 active")
+    return {"events_per_second": headline["events_per_second"], "cases": cases}
+
+
+def _star_case(name: str, ranks: str, active: int, flows: int) -> dict[str, Any]:
+    """A link with half of `active` flows that never end, and as many others on average that come and go.
+
+    With P flows that stay, processor sharing at load r holds r / (1 - r) (P + 1) others; r is one half.
+    """
+    import numpy as np
+
+    from simulator.engine import Simulation
+    from simulator.physics import Physics
+    from simulator.schemes import scheme
+    from simulator.topology import star
+    from simulator.workloads.arrivals import poisson
+    from simulator.workloads.distribution import SizeDistribution
+    from simulator.workloads.trace import Trace
+
+    web = SizeDistribution.load("websearch_dctcp_bytes_trafficgenerator")
+    rng = np.random.default_rng(1)
+    stay = active // 2
+    coming = poisson(web, 0.5, 1e9 * Physics().goodput(1.0) * 8, rng, count=flows)
+    sizes = np.concatenate([np.full(stay, 10**14), coming.size_bytes])
+    start_s = np.concatenate([np.zeros(stay), coming.start_s])
+    trace = Trace.of(start_s, sizes, rng.integers(1, 16, len(sizes)), np.zeros(len(sizes)))
+    for part in (slice(0, min(1000, len(sizes))), slice(0, None)):  # the first run compiles
+        simulation = Simulation(scheme(ranks), star(16, 1e9), receiver=0)
+        simulation.add(Trace(*(getattr(trace, f)[part] for f in ("start_s", "size_bytes", "source", "destination"))))
+        began_s = time.process_time()
+        results = simulation.run_until(float(trace.start_s[part][-1]))
+        cpu_s = time.process_time() - began_s
+    mean_active = stay + float(results.fct_s.sum()) / simulation.now_s  # Little's law
+    return _case(name, simulation, cpu_s, mean_active)
+
+
+def _fabric_case(name: str, topology: Any, ranks: Any, scale: float) -> dict[str, Any]:
+    import numpy as np
+
+    from simulator.engine import Simulation
+    from simulator.workloads.arrivals import poisson
+    from simulator.workloads.distribution import SizeDistribution
+    from simulator.workloads.placement import all_to_all
+
+    web = SizeDistribution.load("websearch_dctcp_bytes_trafficgenerator")
+    rng = np.random.default_rng(1)
+    load = 0.4 if topology.spines else 0.8
+    trace = poisson(web, load * topology.hosts, 1e9, rng, count=round(50_000 * scale), overload=True)
+    simulation = Simulation(ranks, topology)
+    simulation.add(all_to_all(trace, topology.hosts, rng))
+    simulation.run_until(float(trace.start_s[len(trace) // 10]))  # compile, and fill the fabric
+    before, from_s, began_s = simulation.events, simulation.now_s, time.process_time()
+    results = simulation.run_until(float(trace.start_s[-1]))
+    cpu_s = time.process_time() - began_s
+    mean_active = float(results.fct_s.sum()) / (simulation.now_s - from_s)
+    return _case(name, simulation, cpu_s, mean_active, before)
+
+
+def _case(name: str, simulation: Any, cpu_s: float, mean_active: float, before: int = 0) -> dict[str, Any]:
+    events = simulation.events - before
+    return {
+        "name": name,
+        "events_per_second": events / cpu_s,
+        "events": events,
+        "mean_active": mean_active,
+        "peak_active": simulation.peak_flows,
+        "hosts": simulation.topology.hosts,
+        "links": simulation.topology.links,
+        "state_bytes": simulation.state_bytes,
+    }
