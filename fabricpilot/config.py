@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -49,7 +49,7 @@ class HostSection(Section, frozen=True, kw_only=True):
 class DatapathSection(Section, frozen=True, kw_only=True):
     """`[datapath]`: how packets are counted and tagged."""
 
-    backend: Literal["auto", "ebpf", "nftables", "fake"] = "auto"  # auto: nftables where BPF is refused; fake: no kernel
+    backend: Literal["auto", "ebpf", "nftables", "fake"] = "auto"  # auto: ebpf, or nftables; fake: no kernel at all
     levels: int = DEFAULT_LEVELS  # K, 2 to 8
     thresholds: list[int] = []  # K-1 ascending bytes; empty: the default for K, until central sends better
     dscp: list[int] = []  # one code point per level; empty: what dscp_preset says
@@ -59,6 +59,40 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table
     pin_dir: str = "/sys/fs/bpf/fabricpilot"  # in a bpffs; programs and maps outlive the agent here
+
+
+class Rule(Section, frozen=True, kw_only=True):
+    """One `[[rules]]`: what it says nothing about, it admits. The first rule that admits a flow decides about it."""
+
+    name: str = ""  # for people
+    action: Literal["schedule", "pin", "observe", "exclude"] = "schedule"  # schedule: as if no rule had matched
+    level: int | None = None  # with action = "pin": the level of all the flow's packets
+    route: int = 0  # number of a route in [routes]; 0: not said
+    source: list[str] = []  # networks, IPv4 or IPv6
+    destination: list[str] = []
+    source_port: list[int | str] = []  # ports, or ranges "5000-5999"
+    destination_port: list[int | str] = []
+    protocol: Literal["any", "tcp", "udp"] = "any"
+    dscp: list[int] = []  # what the flow's first packet carries
+    cgroup: str = ""  # of the local socket, or above it: "/system.slice/backup.service"
+
+
+class Route(Section, frozen=True, kw_only=True):
+    """One `[[routes.paths]]`: a way into the fabric, by next hop, by policy routing or by flow label."""
+
+    number: int  # 1 to 31; 0 is the kernel's own choice
+    interface: str = ""  # where it leaves
+    next_hop: str = ""  # IPv4 router behind that interface; empty: destinations are neighbours there
+    next_hop6: str = ""  # the same for IPv6
+    mark: int = 0  # instead: wherever policy routing (`ip rule fwmark`) sends packets with this mark
+    flow_label: int = 0  # instead: IPv6 flow label (and the hash of tunnelled packets) for fabrics that spread by it
+
+
+class RoutesSection(Section, frozen=True, kw_only=True):
+    """`[routes]`: the host's ways into the fabric, for rules and for central to choose from."""
+
+    paths: list[Route] = []  # [[routes.paths]]
+    gap_ms: int = 20  # a flow changes its route after a silence this long, so that packets stay in order; 0: at once
 
 
 class QueuesSection(Section, frozen=True, kw_only=True):
@@ -109,6 +143,8 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     datapath: DatapathSection = DatapathSection()
     queues: QueuesSection = QueuesSection()
     link: LinkSection = LinkSection()
+    routes: RoutesSection = RoutesSection()
+    rules: list[Rule] = []
 
     def __post_init__(self) -> None:
         check_levels(self.datapath.levels)
@@ -120,6 +156,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         check_dscp(self.dscp, self.datapath.levels)
         _check_range("host.report_interval_s", self.host.report_interval_s, 0.1, 60)
         _check_range("datapath.flow_entries", self.datapath.flow_entries, 1024, 16_777_216)
+        _check_range("routes.gap_ms", self.routes.gap_ms, 0, 60_000)
         _check_range("datapath.idle_timeout_s", self.datapath.idle_timeout_s, 1, 86_400)
 
     @property
@@ -192,6 +229,7 @@ def load(
     merged = {
         name: {**msgspec.to_builtins(getattr(defaults, name)), **tables.get(name, {})} for name in _sections(kind)
     }
+    merged.update({name: tables[name] for name in _lists(kind) if name in tables})
     try:
         return msgspec.convert(merged, kind)
     except msgspec.ValidationError as error:
@@ -211,7 +249,12 @@ def parse_rate(text: str) -> int:
 
 
 def _sections(kind: type[Any]) -> dict[str, type[Section]]:
-    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+    return {field.name: field.type for field in msgspec.structs.fields(kind) if field.name not in _lists(kind)}
+
+
+def _lists(kind: type[Any]) -> list[str]:
+    """Names of what is written as [[name]]: a list of tables, in the file only."""
+    return [field.name for field in msgspec.structs.fields(kind) if get_origin(field.type) is list]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -227,6 +270,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _refuse_unknown(kind: type[Any], tables: Mapping[str, Any], where: str) -> None:
     sections = _sections(kind)
     for name, table in tables.items():
+        if name in _lists(kind):
+            if not isinstance(table, list):
+                raise UsageError(f"{where}: '{name}' must be a list of tables, each written [[{name}]]")
+            continue
         if name not in sections:
             raise UsageError(f"{where}: unknown section [{name}]{_did_you_mean(name, sections)}")
         if not isinstance(table, dict):

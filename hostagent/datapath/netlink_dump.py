@@ -219,7 +219,7 @@ def _walk(
     position = begin
     while position + 4 <= end:
         length, kind = struct.unpack_from("=HH", data, position)
-        if length < 4:
+        if not 4 <= length <= end - position:
             raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
         yield position
         here = (*path, kind & _TYPE_MASK)

@@ -13,9 +13,10 @@ and after it nothing is routed anew. What the next agent must know stands in cha
 no packet reaches, in the same transaction.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from fabricpilot.levels import MAX_LEVELS, Thresholds
@@ -53,9 +54,10 @@ _TCP_HEADER_WORDS: Final = (8, 5, 11, 13, 15, 10, 6, 7, 9, 12, 14)
 
 _FIN, _SYN, _RST = 1, 2, 4
 
-_RESPECT: Final = "foreign dscp respected"
-_OBSERVE: Final = "observe only"
-_SWITCHES: Final = (_RESPECT, _OBSERVE)
+# The numbers and switches of `Settings` beside its vectors.
+_OTHER_SETTINGS: Final = tuple(
+    given.name for given in fields(Settings) if isinstance(given.default, bool | int | float)
+)
 
 Json = dict[str, Any]
 
@@ -65,7 +67,7 @@ class State:
     """What is, or shall be, installed.
 
     Attributes:
-        interfaces: names of the interfaces scheduled.
+        interfaces: names of the interfaces scheduled, sorted.
         settings: None leaves packets untouched and only notes flows.
         sysctls: values before this data path changed them, by name.
         since_ns: CLOCK_MONOTONIC when it was first installed.
@@ -129,7 +131,7 @@ def forget(direction: str, flow_ids: Iterable[int]) -> list[Json]:
 def parse_state(comments: Iterable[str]) -> State | None:
     """Inverse of what `install` writes into chain `state`; None if it is of another version or not whole."""
     interfaces, sysctls, levels, numbers = [], {}, {}, {}
-    switches: set[str] = set()
+    others: dict[str, Any] = {}
     for text in comments:
         if match := re.fullmatch(r"interface (\S+)", text):
             interfaces.append(match[1])
@@ -139,8 +141,8 @@ def parse_state(comments: Iterable[str]) -> State | None:
             levels[int(match[1])] = tuple(int(match[group]) for group in (2, 3, 4))
         elif match := re.fullmatch(r"(version|since_ns|flow_entries|flow_timeout_s) (\d+)", text):
             numbers[match[1]] = int(match[2])
-        elif text in _SWITCHES:
-            switches.add(text)
+        elif (match := re.fullmatch(r"setting (\w+) (.+)", text)) and match[1] in _OTHER_SETTINGS:
+            others[match[1]] = json.loads(match[2])
     if numbers.pop("version", None) != VERSION or numbers.keys() != {"since_ns", "flow_entries", "flow_timeout_s"}:
         return None
     settings = None
@@ -150,10 +152,9 @@ def parse_state(comments: Iterable[str]) -> State | None:
             thresholds=Thresholds.of(first for first, _, _ in rows[1:]),
             dscp=tuple(dscp for _, dscp, _ in rows),
             priority=tuple(priority for _, _, priority in rows),
-            respect_dscp=_RESPECT in switches,
-            observe=_OBSERVE in switches,
+            **others,
         )
-    return State(tuple(interfaces), settings, sysctls, **numbers)
+    return State(tuple(sorted(interfaces)), settings, sysctls, **numbers)
 
 
 def parse_sysctls(comments: Iterable[str]) -> dict[str, int]:
@@ -174,7 +175,7 @@ def _notes(state: State) -> list[str]:
             f"level {level}: from {start} bytes, dscp {dscp}, priority {priority}"
             for level, (start, dscp, priority) in enumerate(columns)
         ]
-        notes += [_RESPECT] * state.settings.respect_dscp + [_OBSERVE] * state.settings.observe
+        notes += [f"setting {name} {json.dumps(getattr(state.settings, name))}" for name in _OTHER_SETTINGS]
     return notes
 
 

@@ -14,7 +14,6 @@ afterwards it appears as a new flow, from zero, as it does in the other data pat
 """
 
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -96,7 +95,7 @@ class NftablesDatapath:
             for name in SYSCTLS:
                 _write_sysctl(name, 1)
             if interface not in state.interfaces:
-                self._install(replace(state, interfaces=(*state.interfaces, interface)))
+                self._install(replace(state, interfaces=tuple(sorted((*state.interfaces, interface)))))
             undo.pop_all()
 
     def attached(self) -> list[str]:
@@ -343,5 +342,7 @@ def _write_sysctl(name: str, value: int) -> None:
     try:
         _sysctl_path(name).write_text(f"{value}\n", encoding="ascii")
     except OSError as error:
-        why = "is /proc/sys read-only, as in containers?" if error.errno in (errno.EROFS, errno.EACCES) else ""
-        raise KernelError(f"sysctl {name} = {value} refused: {os.strerror(error.errno or 0)}; {why}") from error
+        raise KernelError(
+            f"sysctl {name} = {value} refused: {os.strerror(error.errno or 0)}; "
+            "where /proc/sys is read-only (a container, a sandboxed service), set it from outside"
+        ) from error

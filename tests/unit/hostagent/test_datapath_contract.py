@@ -1,4 +1,4 @@
-"""The rules of flows, levels and marks, the same for every data path: the fake one here, the others where there is root.
+"""The rules of flows, levels and marks, the same for every data path: the fake one, and the others where there is root.
 
 nftables has real packets on a wire. Conntrack counts the packet at hand and estimates payload, so its level may be that
 of up to one packet more or less (`tolerance_bytes`); and it decides what a connection is. What it cannot do is left to
@@ -223,6 +223,7 @@ def test_foreign_dscp_is_overwritten_where_asked(sender):
     assert sender.datapath.counters()["foreign_dscp"] == 0
 
 
+@owns_its_table
 def test_observe_mode_computes_and_counts_everything_and_changes_no_packet(sender):
     watched = Settings(Thresholds(THRESHOLDS), DSCP, PRIORITY, observe=True)
     sender.datapath.apply(watched)
