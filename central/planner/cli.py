@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 SHOWN_MOVES = 12
 FILE = click.Path(dir_okay=False, path_type=Path)
+MAPPING = click.Path(path_type=Path)
 
 
 @click.group(invoke_without_command=True)
-@click.option("--mapping", type=FILE, help="VMR2L JSON (.json, .json.gz), or .csv, or a folder of virsh XML.")
+@click.option("--mapping", type=MAPPING, help="VMR2L JSON (.json, .json.gz), a table (.csv), or a folder of virsh XML.")
 @click.option("--mnl", type=int, help="Most moves. Default: the mapping's maximum_migration, else 50.")
 @click.option("--deadline", type=float, default=5.0, show_default=True, help="Seconds to plan in.")
 @click.option(
@@ -41,6 +42,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--replan-from", type=FILE, help="An earlier plan: keep what still holds, repair the rest.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=FILE, help="Write plan.json here.")
+@click.option("--script", type=FILE, help="Write the moves as a shell script of virsh migrate commands.")
+@click.option("--neutral", type=FILE, help="Write the moves as JSON for any orchestrator.")
+@click.option("--plot", type=FILE, help="Animate the moves (GIF).")
+@click.option("--samples", default=8, show_default=True, help="Trajectories of the learned solver.")
+@click.option("--vm-quantile", default=0.995, show_default=True, help="Share of improbable VMs that it cuts.")
+@click.option("--place-quantile", default=0.98, show_default=True, help="Share of improbable places that it cuts.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json instead of a table.")
 @click.pass_context
 def plan(context: click.Context, /, **options: Any) -> None:
@@ -75,12 +82,17 @@ def _plan(options: dict[str, Any]) -> None:
     elif options["replan_from"]:
         wishes, gone = read_wishes(_bytes(options["replan_from"]), mapping, str(options["replan_from"]))
         made = planning.plan_by(problem, "replan", lambda p, d, s: replan(p, wishes, gone, d, s), seconds, seed)
+    elif name == "learned":
+        from central.planner.learned.solver import Options, learned
+
+        risk = Options(options["samples"], options["vm_quantile"], options["place_quantile"])
+        made = planning.plan_by(problem, name, lambda p, d, s: learned(p, d, s, risk), seconds, seed)
     else:
         made = planning.make_plan(problem, name, seconds, seed)
     document = plan_document(mapping, made)
     if options["out"]:
-        options["out"].parent.mkdir(parents=True, exist_ok=True)
-        options["out"].write_text(json.dumps(document, indent=1) + "\n")
+        _write(options["out"], json.dumps(document, indent=1) + "\n")
+    _export(mapping, made, options)
     if options["as_json"]:
         click.echo(json.dumps(document))
     else:
@@ -88,6 +100,19 @@ def _plan(options: dict[str, Any]) -> None:
     goal = problem.objective.goal
     if goal is not None and made.final.fragment_rate > goal + 1e-9:
         raise FabricpilotError(f"the goal {goal:g} was not reached in {seconds:g} s; raise --deadline or --mnl")
+
+
+def _export(mapping: "Mapping", made: "Plan", options: dict[str, Any]) -> None:
+    from central.planner.formats import export
+
+    if options["script"]:
+        _write(options["script"], export.shell_script(mapping, made))
+    if options["neutral"]:
+        _write(options["neutral"], json.dumps(export.neutral(mapping, made), indent=1) + "\n")
+    if options["plot"]:
+        from central.planner.plots import animate
+
+        animate(mapping, made, options["plot"])
 
 
 def _problem(mapping: "Mapping", options: dict[str, Any]) -> "Problem":
@@ -123,6 +148,11 @@ def _cooling(mapping: "Mapping", history: Path | None, cooldown_s: float) -> fro
         raise UsageError(f'history {history}: expected JSON {{"vm name": unix seconds}}') from None
 
 
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -132,9 +162,11 @@ def _bytes(path: Path) -> bytes:
 
 def read_mapping(path: Path) -> "Mapping":
     """A mapping from any format we read, by what the path looks like."""
-    from central.planner.formats import vmr2l
+    from central.planner.formats import libvirt, table, vmr2l
 
-    return vmr2l.read_file(path)
+    if path.is_dir():
+        return libvirt.read_folder(path)
+    return table.read_file(path) if path.suffix == ".csv" else vmr2l.read_file(path)
 
 
 def show(mapping: "Mapping", made: "Plan") -> None:
@@ -170,7 +202,7 @@ def show(mapping: "Mapping", made: "Plan") -> None:
 
 
 @plan.command()
-@click.option("--mapping", type=FILE, required=True)
+@click.option("--mapping", type=MAPPING, required=True)
 @click.option("--plan", "plan_file", type=FILE, required=True)
 @click.option("--mnl", type=int, help="Default: the plan's own.")
 @click.option("--objective", default="fr", show_default=True)
@@ -212,3 +244,30 @@ def generate(shape: str, level: str | None, seed: int, out: Path) -> None:
     made = generator.generate(generator.shape(shape, level), seed)
     vmr2l.write_file(made, out)
     click.echo(f"{out}: {len(made.pms)} PMs, {len(made.vms)} VMs, {len(made.anti_affinity)} anti-affinity sets")
+
+
+@plan.command()
+@click.option("--out", type=FILE, required=True, help="Weights to write, .npz; a checkpoint every few minutes.")
+@click.option("--updates", default=1200, show_default=True, help="Of the distillation from the exact solver.")
+@click.option("--iterations", default=0, show_default=True, help="Of PPO after that.")
+@click.option("--start", type=FILE, help="Weights to go on from; skips the distillation.")
+@click.option("--threads", default=1, show_default=True, help="1: the same weights for the same seed.")
+@click.option("--seed", default=0, show_default=True)
+def train(out: Path, updates: int, iterations: int, start: Path | None, threads: int, seed: int) -> None:
+    """Train the policy: distillation from the exact solver, then PPO."""
+    import torch
+
+    from central.planner.learned import distill, ppo, weights
+    from central.planner.planning import warm_up
+
+    torch.set_num_threads(threads)
+    warm_up()
+    before: dict[str, Any] = {}
+    if start:
+        policy, before = weights.load(start)
+    else:
+        settings = distill.Settings(updates=updates, seed=seed)
+        policy = distill.distill(settings, out, report=click.echo)
+        before = {"algorithm": "distill", "updates": updates, "seed": seed}
+    if iterations:
+        ppo.train(ppo.Settings(iterations=iterations, seed=seed), out, policy, click.echo, before=before)

@@ -29,11 +29,10 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     del seed
     policy, _ = weights.load()
     first = Walk(problem, Cluster(problem.mapping, problem.limits.fixed))
-    observer = Observer(first.valuation)
     plans: list[tuple[Walk, float]] = [(first, 0.0)]
     best = first
     while plans and not deadline.over:
-        options = _continuations(policy, observer, plans)
+        options = _continuations(policy, plans)
         if not options:
             break
         kept: list[tuple[Walk, float]] = []
@@ -54,16 +53,16 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     return Solution(tuple(best.steps))
 
 
-def _continuations(
-    policy: Policy, observer: Observer, plans: list[tuple[Walk, float]]
-) -> list[tuple[float, int, int, int, float]]:
+def _continuations(policy: Policy, plans: list[tuple[Walk, float]]) -> list[tuple[float, int, int, int, float]]:
     """(merit, plan, VM, place, log-probability so far) of what may follow."""
     mnl = max(1, plans[0][0].budget.limits.mnl)
-    seen = [observer.observe(walk.state, walk.budget.moves / mnl) for walk, _ in plans]
+    observers = [Observer(walk.state, walk.valuation) for walk, _ in plans]
+    seen = [observer.observe(walk.budget.moves / mnl) for observer, (walk, _) in zip(observers, plans, strict=True)]
     batch = batch_of(seen)
     found = []
     with torch.no_grad():
-        scores, tokens, _ = policy(batch)
+        vm_tokens, pm_tokens = policy.encode_all(batch)
+        scores, pms, _ = policy.score(batch, vm_tokens, pm_tokens)
         top = torch.log_softmax(scores, dim=-1).topk(min(VMS, scores.shape[1]), dim=-1)
         pairs = [
             (row, int(vm), float(log))
@@ -73,17 +72,15 @@ def _continuations(
         ]
         if not pairs:
             return []
-        options = [observer.places(plans[row][0].state, seen[row], vm) for row, vm, _ in pairs]
+        options = [observers[row].places(vm) for row, vm, _ in pairs]
         cluster = plans[0][0].cluster
-        pm, features, legal = stack_places(
-            [cluster.place_pm[one.start : one.stop] for one, _, _ in options],
-            [table for _, table, _ in options],
-            [mask for _, _, mask in options],
-        )
+        pm, features, legal = stack_places([cluster] * len(options), options)
         rows = [row for row, _, _ in pairs]
         part = Batch(*(getattr(batch, name)[rows] for name in Batch.__dataclass_fields__))
         chosen = torch.tensor([vm for _, vm, _ in pairs])
-        place_log = torch.log_softmax(policy.place_scores(part, tokens[rows], chosen, pm, features, legal), dim=-1)
+        place_log = torch.log_softmax(
+            policy.place_scores(part, vm_tokens[rows], pms[rows], chosen, pm, features, legal), dim=-1
+        )
         for position, (row, vm, vm_log) in enumerate(pairs):
             walk, log_so_far = plans[row]
             places, table, mask = options[position]

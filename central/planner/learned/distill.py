@@ -20,7 +20,7 @@ from central.planner.generator import SHAPES, generate
 from central.planner.learned import weights
 from central.planner.learned.network import Policy, batch_of
 from central.planner.learned.observe import Observation, Observer, Singles
-from central.planner.learned.rollout import Cut, roll, stack_places
+from central.planner.learned.rollout import Cut, roll, stack
 from central.planner.model.cluster import Bools, Ints
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Deadline, Limits, Problem
@@ -75,10 +75,10 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
     if result.flow is None or not result.flow.arriving:
         return []
     leaving, arriving = dict(result.flow.leaving), dict(result.flow.arriving)
-    observer = Observer(walk.valuation)
+    observer = Observer(walk.state, walk.valuation)
     found = []
     while arriving:
-        seen = observer.observe(walk.state, walk.budget.moves / problem.limits.mnl)
+        seen = observer.observe(walk.budget.moves / problem.limits.mnl)
         ready = [(group, place) for group, place in arriving if walk.state.fits_at(group, place)]
         groups = {group for group, _ in ready}
         able = [(group, place) for group, place in leaving if group in groups]
@@ -87,7 +87,7 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
             break
         vm = int(random.choice(vms))
         group, source = int(walk.cluster.vm_group[vm]), int(walk.state.vm_place[vm])
-        options, features, legal = observer.places(walk.state, seen, vm)
+        options, features, legal = observer.places(vm)
         right = np.array(
             [place - options.start for one, place in ready if one == group and legal[place - options.start]],
             dtype=np.int64,
@@ -98,6 +98,7 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
         found.append(Lesson(seen, np.array(vms), vm, place_pm, features, legal, right))
         target = options.start + int(random.choice(right))
         walk.go(vm, target)
+        observer.moved(vm, int(walk.cluster.place_pm[source]), int(walk.cluster.place_pm[target]))
         for counts, key in ((leaving, (group, source)), (arriving, (group, target))):
             counts[key] -= 1
             if not counts[key]:
@@ -108,15 +109,16 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
 def loss_of(policy: Policy, batch: list[Lesson]) -> tuple[Tensor, Tensor]:
     """The two losses, each averaged over the batch."""
     states = batch_of([lesson.seen for lesson in batch])
-    scores, tokens, _ = policy(states)
+    vm_tokens, pm_tokens = policy.encode_all(states)
+    scores, pms, _ = policy.score(states, vm_tokens, pm_tokens)
     vm_log = torch.log_softmax(scores, dim=-1)
-    pm, features, legal = stack_places(
+    pm, features, legal = stack(
         [lesson.place_pm for lesson in batch],
         [lesson.place_features for lesson in batch],
         [lesson.legal for lesson in batch],
     )
     chosen = torch.tensor([lesson.vm for lesson in batch])
-    place_log = torch.log_softmax(policy.place_scores(states, tokens, chosen, pm, features, legal), dim=-1)
+    place_log = torch.log_softmax(policy.place_scores(states, vm_tokens, pms, chosen, pm, features, legal), dim=-1)
     vm_loss = -torch.stack([torch.logsumexp(vm_log[i, one.vms], 0) for i, one in enumerate(batch)]).mean()
     place_loss = -torch.stack([torch.logsumexp(place_log[i, one.places], 0) for i, one in enumerate(batch)]).mean()
     return vm_loss, place_loss

@@ -44,7 +44,7 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
     | key | shape | meaning |
     |---|---|---|
     | vm | (V, 14) | features of each VM (`observe.Observer`) |
-    | pm | (M, 10) | features of each PM |
+    | pm | (M, 9) | features of each PM |
     | members | (M, L) | only in Sparse: VMs of each PM, -1 beyond their number |
 
     ## Reward
@@ -99,9 +99,9 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         super().reset(seed=seed)
         mapping = generate(self.shape, int(self.np_random.integers(2**31)))
         self.walk = Walk(Problem(mapping, self.goal, Limits(self.mnl)))
-        self.observer = Observer(self.walk.valuation)
+        self.observer = Observer(self.walk.state, self.walk.valuation)
         self.steps = 0
-        self.seen = self.observer.observe(self.walk.state, 0.0)
+        self.seen = self.observer.observe(0.0)
         return self._observation(), self._info(False)
 
     def step(
@@ -113,9 +113,11 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         before = self.walk.value()
         legal = bool(self.place_mask(vm)[place])
         if legal:
+            source = int(self.walk.cluster.place_pm[self.walk.state.vm_place[vm]])
             self.walk.go(vm, place)
+            self.observer.moved(vm, source, int(self.walk.cluster.place_pm[place]))
         self.steps += 1
-        self.seen = self.observer.observe(self.walk.state, self.steps / self.mnl)
+        self.seen = self.observer.observe(self.steps / self.mnl)
         reward = (self.walk.value() - before) * REWARD_SCALE if legal else -self.kind.penalty
         stuck = not self.seen.vm_mask.any()
         return self._observation(), float(reward), stuck, self.steps >= self.mnl, self._info(not legal)
@@ -125,7 +127,7 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         assert self.walk is not None, "reset first"
         mask = np.zeros(self.places, dtype=np.bool_)
         if self.seen.vm_mask[vm]:
-            places, _, legal = self.observer.places(self.walk.state, self.seen, vm)
+            places, _, legal = self.observer.places(vm)
             mask[places.start : places.stop] = legal
         return mask
 
@@ -134,7 +136,8 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         parts: dict[str, npt.NDArray[Any]] = {"vm": seen.vm, "pm": seen.pm}
         if self.kind.sparse:
             table = np.full((self.shape.pms, self._most_members()), -1, dtype=np.int64)
-            table[:, : seen.members.shape[1]] = seen.members
+            for pm, vms in enumerate(self.observer.members):
+                table[pm, : len(vms)] = vms
             parts["members"] = table
         return parts
 

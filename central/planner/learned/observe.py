@@ -2,121 +2,175 @@
 
 Every feature is a ratio or a gain in slots, so one set of weights serves any number of machines and any sizes of node.
 Gains come first: what leaving and arriving is worth at once, by the objective at hand, and how it gathers fragments.
+
+A move changes two PMs. So an `Observer` keeps the tables of one walk and works out only what those PMs changed; what is
+*local* to a PM (its own features, and most of its VMs') is apart from what is global (the best place elsewhere), which
+lets the network, too, encode only the PMs that changed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from central.planner.model.cluster import Bools, Ints
-from central.planner.model.state import State, Valuation
-from central.planner.solvers.gains import shift_gain
+from central.planner.model.state import Floats, State, Valuation
+from central.planner.solvers.gains import rows_value
 
 Singles = npt.NDArray[np.float32]
 
-VM_FEATURES = 14
-PM_FEATURES = 10
+LOCAL_FEATURES = 10  # of a VM, from its own PM alone
+VM_FEATURES = LOCAL_FEATURES + 4
+PM_FEATURES = 9
 PLACE_FEATURES = 9
+NONE = -4.0  # stands for the gain of arriving where nothing fits
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One state. V VMs, M PMs, G groups, P places, L most VMs on a PM.
+    """One state. V VMs, M PMs.
 
     Attributes:
-        vm: (V, VM_FEATURES).
+        vm: (V, VM_FEATURES), the local ones first.
         pm: (M, PM_FEATURES).
-        members: (M, L) VMs of each PM, -1 beyond their number: the trees of the sparse attention.
+        host: (V,) PM of each VM, 0 for one that is on no ACTIVE PM (it is masked).
         vm_mask: (V,) VMs that may be chosen: movable, and some other place has room.
-        arrive, gather, fits: (G, P) per group and place, meaningful for places of the group's kind.
-        leave: (V,) gain of each VM's leaving.
+        used: share of MNL used up.
     """
 
     vm: Singles
     pm: Singles
-    members: Ints
+    host: Ints
     vm_mask: Bools
-    arrive: Singles
-    gather: Singles
-    fits: Bools
-    leave: Singles
+    used: float
 
 
 class Observer:
-    """What does not change between the states of one cluster, kept."""
+    """The tables of one walk; `moved` after every move keeps them true.
 
-    def __init__(self, valuation: Valuation) -> None:
-        self.valuation = valuation
+    leave, arrive, gather_out, gather_in, fits are (G, P): per group and place, where the place is of the group's kind.
+    """
+
+    def __init__(self, state: State, valuation: Valuation) -> None:
+        cluster = state.cluster
+        self.state, self.cluster, self.valuation = state, cluster, valuation
         self.slot_cores = max(1, valuation.terms[0].cores or 16)
+        shape = (cluster.groups, len(cluster.place_pm))
+        self.kind_fits: Bools = np.zeros(shape, dtype=np.bool_)
+        for group, places in enumerate(cluster.group_places):
+            self.kind_fits[group, places.start : places.stop] = True
+        self.leave, self.arrive = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        self.gather_out, self.gather_in = np.zeros_like(self.leave), np.zeros_like(self.leave)
+        self.fits: Bools = np.zeros(shape, dtype=np.bool_)
+        self.vm: Singles = np.zeros((len(cluster.vm_group), VM_FEATURES), dtype=np.float32)
+        self.pm: Singles = np.zeros((len(cluster.mapping.pms), PM_FEATURES), dtype=np.float32)
+        self.members: list[list[int]] = [[] for _ in cluster.mapping.pms]
+        self.host: Ints = cluster.place_pm[np.maximum(state.vm_place, 0)].copy()
+        for vm in np.flatnonzero(state.vm_place >= 0).tolist():
+            self.members[int(self.host[vm])].append(vm)
+        order = np.argsort(cluster.place_pm, kind="stable")
+        bounds = np.searchsorted(cluster.place_pm[order], np.arange(len(cluster.mapping.pms) + 1))
+        self.places_of = [order[a:b] for a, b in pairwise(bounds)]
+        self._refresh(np.arange(len(cluster.place_pm)), range(len(cluster.mapping.pms)))
 
-    def observe(self, state: State, used: float) -> Observation:
-        """Features of a state; `used` is the share of MNL used up."""
-        cluster = state.cluster
-        groups, places = cluster.groups, len(cluster.place_pm)
-        leave = np.zeros((groups, places), dtype=np.float32)
-        arrive, gather_in, gather_out = np.zeros_like(leave), np.zeros_like(leave), np.zeros_like(leave)
-        fits = np.zeros((groups, places), dtype=np.bool_)
-        for group in range(groups):
-            window = slice(cluster.group_places[group].start, cluster.group_places[group].stop)
-            leave[group, window] = shift_gain(state, self.valuation, group, 1)
-            arrive[group, window] = shift_gain(state, self.valuation, group, -1)
-            gather_in[group, window] = self._gather(state, group, window, -1)
-            gather_out[group, window] = self._gather(state, group, window, 1)
-            fits[group, window] = state.fits(group)
-        vm, mask, vm_leave = self._vms(state, leave, arrive, gather_out, fits, used)
-        return Observation(vm, self._pms(state, used), members(state), mask, arrive, gather_in, fits, vm_leave)
+    def moved(self, vm: int, source_pm: int, target_pm: int) -> None:
+        """Note that `vm` has gone from one PM to another (or within one): the state already shows it."""
+        self.members[source_pm].remove(vm)
+        self.members[target_pm].append(vm)
+        self.host[vm] = target_pm
+        pms = sorted({source_pm, target_pm})
+        self._refresh(np.concatenate([self.places_of[pm] for pm in pms]), pms)
 
-    def _gather(self, state: State, group: int, window: slice, sign: int) -> npt.NDArray[np.float64]:
-        """Growth of the sum of squared remainders, in units of a squared slot."""
-        cluster = state.cluster
-        total: npt.NDArray[np.float64] = np.zeros(window.stop - window.start)
-        for part in range(int(cluster.group_arity[group])):
-            free = state.free_cores[cluster.place_nodes[window, part]]
-            after = (free + sign * cluster.group_cores[group, part]) % self.slot_cores
-            total += (after.astype(float) ** 2 - (free % self.slot_cores).astype(float) ** 2) / self.slot_cores**2
-        return total
+    def observe(self, used: float) -> Observation:
+        """The state now; `used` is the share of MNL used up. A copy: it stays as it is when the walk goes on."""
+        group = self.cluster.vm_group
+        best_in = np.maximum(np.where(self.fits, self.arrive, -9.0).max(axis=1, initial=-9.0), NONE)
+        room = self.fits.sum(axis=1)
+        count = np.maximum(1, self.kind_fits.sum(axis=1))
+        self.vm[:, LOCAL_FEATURES] = best_in[group]
+        self.vm[:, LOCAL_FEATURES + 1] = np.maximum(self.vm[:, 4] + best_in[group], NONE)
+        self.vm[:, LOCAL_FEATURES + 2] = (room / count)[group]
+        self.vm[:, LOCAL_FEATURES + 3] = used
+        here = self.fits[group, np.maximum(self.state.vm_place, 0)]
+        mask: Bools = np.logical_and(self.cluster.vm_movable, room[group] - here > 0)
+        return Observation(self.vm.copy(), self.pm.copy(), self.host.copy(), mask, used)
 
-    def _vms(
-        self, state: State, leave: Singles, arrive: Singles, gather: Singles, fits: Bools, used: float
-    ) -> tuple[Singles, Bools, Singles]:
-        cluster = state.cluster
-        group, place = cluster.vm_group, np.maximum(state.vm_place, 0)
-        best_in = np.where(fits, arrive, -9.0).max(axis=1, initial=-9.0)
-        room = fits.mean(axis=1)
+    def _refresh(self, places: Ints, pms: Iterable[int]) -> None:
+        state, cluster = self.state, self.cluster
+        valid = self.kind_fits[:, places]
+        nodes = cluster.place_nodes[places]  # (K, A)
+        held = nodes >= 0
+        free = np.where(held, state.free_cores[nodes], 0)
+        mem = np.where(held, state.free_mem_mb[nodes], 0)
+        need, need_mem = cluster.group_cores[:, None, :], cluster.group_mem_mb[:, None, :]  # (G, 1, A)
+        self.fits[:, places] = valid & ((free >= need) & (mem >= need_mem)).all(axis=2)
+        rest = (free % self.slot_cores).astype(float) ** 2
+        for sign, gain, gather in ((1, self.leave, self.gather_out), (-1, self.arrive, self.gather_in)):
+            after, after_mem = free + sign * need, mem + sign * need_mem
+            squared = (after % self.slot_cores).astype(float) ** 2
+            gather[:, places] = np.where(held, squared - rest, 0.0).sum(axis=2) / self.slot_cores**2
+            if self.valuation.by_node:
+                worth = self.valuation.node_value(after, after_mem) - self.valuation.node_value(free, mem)
+                gain[:, places] = np.where(held, worth, 0.0).sum(axis=2)
+            else:
+                gain[:, places] = self._whole_pm(places, nodes, sign)
+        chosen = list(pms)
+        self._pm_features(np.array(chosen, dtype=np.int64))
+        vms = [vm for pm in chosen for vm in self.members[pm]]
+        self._vm_features(np.array(vms, dtype=np.int64))
+
+    def _whole_pm(self, places: Ints, nodes: Ints, sign: int) -> Floats:
+        """(G, K) gains where terms span nodes: the whole PM has to be valued."""
+        state, cluster = self.state, self.cluster
+        all_nodes = cluster.pm_nodes[cluster.place_pm[places]]  # (K, nodes per PM)
+        held = all_nodes >= 0
+        cores = np.where(held, state.free_cores[all_nodes], 0)
+        mem_mb = np.where(held, state.free_mem_mb[all_nodes], 0)
+        before = rows_value(self.valuation, cores, mem_mb)
+        gain: Floats = np.zeros((cluster.groups, len(places)))
+        for group in range(cluster.groups):
+            after, after_mem = cores, mem_mb
+            for part in range(int(cluster.group_arity[group])):
+                hit = all_nodes == nodes[:, part, None]
+                after = after + sign * hit * cluster.group_cores[group, part]
+                after_mem = after_mem + sign * hit * cluster.group_mem_mb[group, part]
+            gain[group] = rows_value(self.valuation, after, after_mem) - before
+        return gain
+
+    def _vm_features(self, vms: Ints) -> None:
+        if not len(vms):
+            return
+        cluster, state = self.cluster, self.state
+        group, place = cluster.vm_group[vms], state.vm_place[vms]
         node = cluster.place_nodes[place, 0]
-        last = np.take_along_axis(cluster.place_nodes[place], (cluster.group_arity[group] - 1)[:, None], axis=1)[:, 0]
+        last = cluster.place_nodes[place, cluster.group_arity[group] - 1]
         cap = np.maximum(1, cluster.node_cores[node])
         first_free, last_free = state.free_cores[node], state.free_cores[last]
         cores = cluster.group_cores[group, 0]
-        out = leave[group, place]
+        slot = self.slot_cores
         columns = [
             cores / cap,
-            cores % self.slot_cores / self.slot_cores,
+            cores % slot / slot,
             cluster.group_mem_mb[group, 0] / np.maximum(1, cluster.node_mem_mb[node]),
             cluster.group_arity[group] - 1.0,
-            out,
-            np.maximum(best_in, -4.0)[group],
-            np.maximum(out + best_in[group], -4.0),
-            gather[group, place],
+            self.leave[group, place],
+            self.gather_out[group, place],
             first_free / cap,
-            first_free % self.slot_cores / self.slot_cores,
-            last_free % self.slot_cores / self.slot_cores,
-            (first_free + cores) % self.slot_cores / self.slot_cores,
-            room[group],
-            np.full(len(group), used),
+            first_free % slot / slot,
+            last_free % slot / slot,
+            (first_free + cores) % slot / slot,
         ]
-        free_elsewhere = fits.sum(axis=1)[group] - fits[group, place]
-        mask: Bools = np.logical_and(cluster.vm_movable, free_elsewhere > 0)
-        return np.stack(columns, axis=1).astype(np.float32), mask, out
+        self.vm[vms, :LOCAL_FEATURES] = np.stack(columns, axis=1)
 
-    def _pms(self, state: State, used: float) -> Singles:
-        cluster = state.cluster
-        nodes = cluster.pm_nodes
+    def _pm_features(self, pms: Ints) -> None:
+        cluster, state, slot = self.cluster, self.state, self.slot_cores
+        nodes = cluster.pm_nodes[pms]
         held = nodes >= 0
         free = np.where(held, state.free_cores[nodes], 0)
         cap = np.maximum(1, np.where(held, cluster.node_cores[nodes], 0))
-        rest = free % self.slot_cores / self.slot_cores
+        rest = free % slot / slot
         count = held.sum(axis=1)
         mem = np.where(held, state.free_mem_mb[nodes] / np.maximum(1, cluster.node_mem_mb[nodes]), 0.0)
         columns = [
@@ -127,15 +181,14 @@ class Observer:
             rest.max(axis=1),
             np.where(held, rest, 1.0).min(axis=1),
             mem.sum(axis=1) / count,
-            (free // self.slot_cores).sum(axis=1) / count,
-            cluster.node_active[cluster.pm_nodes[:, 0]],
-            np.full(len(nodes), used),
+            (free // slot).sum(axis=1) / count,
+            cluster.node_active[nodes[:, 0]],
         ]
-        return np.stack(columns, axis=1).astype(np.float32)
+        self.pm[pms] = np.stack(columns, axis=1)
 
-    def places(self, state: State, seen: Observation, vm: int) -> tuple[range, Singles, Bools]:
+    def places(self, vm: int) -> tuple[range, Singles, Bools]:
         """Stage two: (places of the VM's kind, their features (K, PLACE_FEATURES), which are legal (K,))."""
-        cluster = state.cluster
+        cluster, state, slot = self.cluster, self.state, self.slot_cores
         group, source = int(cluster.vm_group[vm]), int(state.vm_place[vm])
         places = cluster.group_places[group]
         window = slice(places.start, places.stop)
@@ -143,22 +196,21 @@ class Observer:
         arity = int(cluster.group_arity[group])
         free, last = state.free_cores[nodes[:, 0]], state.free_cores[nodes[:, arity - 1]]
         cap = np.maximum(1, cluster.node_cores[nodes[:, 0]])
-        cores = int(cluster.group_cores[group, 0])
         here = cluster.place_pm[window] == cluster.place_pm[source]
-        after = (free - cores) % self.slot_cores / self.slot_cores
-        arrive = seen.arrive[group, window]
+        after = (free - int(cluster.group_cores[group, 0])) % slot / slot
+        arrive = self.arrive[group, window]
         columns = [
             arrive,
-            arrive + seen.leave[vm],
-            seen.gather[group, window],
+            arrive + self.leave[group, source],
+            self.gather_in[group, window],
             free / cap,
-            free % self.slot_cores / self.slot_cores,
+            free % slot / slot,
             after,
-            (last - int(cluster.group_cores[group, arity - 1])) % self.slot_cores / self.slot_cores,
+            (last - int(cluster.group_cores[group, arity - 1])) % slot / slot,
             after == 0,
             here,
         ]
-        legal = seen.fits[group, window].copy()
+        legal = self.fits[group, window].copy()
         legal[source - places.start] = False
         if arity > 1:
             legal &= ~here  # places on the same nodes overlap: what leaving gives is not counted in `fits`
@@ -166,17 +218,3 @@ class Observer:
         if forbidden is not None:
             legal &= ~forbidden[cluster.place_pm[window]]
         return places, np.stack(columns, axis=1).astype(np.float32), legal
-
-
-def members(state: State) -> Ints:
-    """(M, L) VMs of each PM, -1 beyond their number."""
-    cluster = state.cluster
-    placed = np.flatnonzero(state.vm_place >= 0)
-    pm = cluster.place_pm[state.vm_place[placed]]
-    order = np.argsort(pm, kind="stable")
-    placed, pm = placed[order], pm[order]
-    count = np.bincount(pm, minlength=len(cluster.mapping.pms))
-    rank = np.arange(len(pm)) - np.repeat(np.cumsum(count) - count, count)
-    table: Ints = np.full((len(count), max(1, int(count.max(initial=0)))), -1, dtype=np.int64)
-    table[pm, rank] = placed
-    return table

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from central.planner.learned import distill, weights
 from central.planner.learned.network import Policy, batch_of
-from central.planner.learned.rollout import Choice, Cut, Trajectory, roll, stack_places
+from central.planner.learned.rollout import Choice, Cut, Trajectory, roll, stack
 from central.planner.model.problem import Problem
 from central.planner.solvers.greedy import Walk
 
@@ -63,15 +63,16 @@ def advantages(
 def evaluate(policy: Policy, choices: list[Choice]) -> tuple[Tensor, Tensor, Tensor]:
     """(joint log-probability, entropy of both stages, value), each (B,), of choices under the policy as it is."""
     states = batch_of([choice.seen for choice in choices])
-    scores, tokens, values = policy(states)
+    vm_tokens, pm_tokens = policy.encode_all(states)
+    scores, pms, values = policy.score(states, vm_tokens, pm_tokens)
     vm_log = torch.log_softmax(scores, dim=-1)
-    pm, features, legal = stack_places(
+    pm, features, legal = stack(
         [choice.place_pm for choice in choices],
         [choice.place_features for choice in choices],
         [choice.legal for choice in choices],
     )
     vm = torch.tensor([choice.vm for choice in choices])
-    place_log = torch.log_softmax(policy.place_scores(states, tokens, vm, pm, features, legal), dim=-1)
+    place_log = torch.log_softmax(policy.place_scores(states, vm_tokens, pms, vm, pm, features, legal), dim=-1)
     place = torch.tensor([choice.place for choice in choices])
     joint = vm_log.gather(1, vm[:, None])[:, 0] + place_log.gather(1, place[:, None])[:, 0]
     entropy = -(vm_log.exp() * vm_log).sum(dim=-1) - (place_log.exp() * place_log).sum(dim=-1)

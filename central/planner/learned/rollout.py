@@ -1,7 +1,8 @@
 """Trajectories: several states of one cluster walked side by side by the policy, one batch per step.
 
-A decision keeps what training needs: the observation, the choice, its log-probability and the value. Actions far below
-the likeliest can be cut (`cut`): VMR2L found that improbable actions are mostly bad ones.
+Each walk keeps its observation tables and its tokens; a move touches two PMs, and only their trees are encoded anew. A
+choice keeps what training needs. Actions far below the likeliest can be cut (`Cut`): VMR2L found that improbable
+actions are mostly bad ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from central.planner.learned.network import Batch, Policy, batch_of
-from central.planner.learned.observe import Observation, Observer, Singles
+from central.planner.learned.observe import LOCAL_FEATURES, Observation, Observer, Singles
 from central.planner.model.cluster import Bools, Ints
 from central.planner.solvers.greedy import Walk
+
+Option = tuple[range, Singles, Bools]  # places of a VM's kind, their features, which are legal
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Trajectory:
     """One walk, the choices on it and the reward of each: value gained."""
 
     walk: Walk
+    observer: Observer
     choices: list[Choice] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     best: float = 0.0
@@ -45,11 +49,35 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Cut:
-    """Risk-seeking options: quantiles of probability below which actions are cut, per stage; greedy takes the best."""
+    """Risk-seeking options: quantiles of probability below which actions are cut, per stage."""
 
     vm_quantile: float = 0.0
     place_quantile: float = 0.0
     greedy_first: bool = False  # the first trajectory takes the likeliest action every time
+
+
+class Tokens:
+    """VM and PM tokens of several walks, kept between steps."""
+
+    def __init__(self, policy: Policy, observers: Sequence[Observer]) -> None:
+        self.policy = policy
+        self.vm, self.pm = policy.encode_all(batch_of([observer.observe(0.0) for observer in observers]))
+
+    def refresh(self, changed: list[tuple[int, Observer, int]]) -> None:
+        """Encode anew the trees (walk, its observer, PM) that a move has changed."""
+        leaves = max(1, max(len(observer.members[pm]) for _, observer, pm in changed))
+        vm = np.zeros((len(changed), leaves, LOCAL_FEATURES), dtype=np.float32)
+        mask = np.zeros((len(changed), leaves), dtype=np.bool_)
+        for row, (_, observer, pm) in enumerate(changed):
+            members = observer.members[pm]
+            vm[row, : len(members)] = observer.vm[members, :LOCAL_FEATURES]
+            mask[row, : len(members)] = True
+        pms = np.stack([observer.pm[pm] for _, observer, pm in changed])
+        tokens, hosts = self.policy.encode(torch.from_numpy(vm), torch.from_numpy(pms), torch.from_numpy(mask))
+        for row, (walk, observer, pm) in enumerate(changed):
+            members = observer.members[pm]
+            self.vm[walk, members] = tokens[row, : len(members)]
+            self.pm[walk, pm] = hosts[row]
 
 
 def roll(
@@ -61,131 +89,127 @@ def roll(
     keep: bool = False,
 ) -> list[Trajectory]:
     """Walk every one of `walks` until its budget is used up, the goal is met, nothing is legal, or `stop()`."""
-    paths = [Trajectory(walk, best=walk.net(), length=len(walk.steps)) for walk in walks]
-    observer = Observer(walks[0].valuation)
-    while not stop():
-        active = [path for path in paths if not path.over]
-        if not active:
-            break
-        with torch.no_grad():
-            _advance(policy, observer, active, generator, cut, keep, paths[0])
+    paths = [
+        Trajectory(walk, Observer(walk.state, walk.valuation), best=walk.net(), length=len(walk.steps))
+        for walk in walks
+    ]
+    for path in paths:
+        path.over = path.walk.budget.moves_left <= 0 or path.walk.reached()
+    with torch.no_grad():
+        tokens = Tokens(policy, [path.observer for path in paths])
+        while not stop() and any(not path.over for path in paths):
+            _advance(policy, tokens, paths, generator, cut, keep)
     return paths
 
 
 def _advance(
-    policy: Policy,
-    observer: Observer,
-    active: list[Trajectory],
-    generator: torch.Generator,
-    cut: Cut,
-    keep: bool,
-    first: Trajectory,
+    policy: Policy, tokens: Tokens, paths: list[Trajectory], generator: torch.Generator, cut: Cut, keep: bool
 ) -> None:
-    """One step of every active trajectory."""
+    """One step of every trajectory that is not over."""
+    active = [index for index, path in enumerate(paths) if not path.over]
     seen = [
-        observer.observe(path.walk.state, path.walk.budget.moves / max(1, path.walk.budget.limits.mnl))
-        for path in active
+        paths[i].observer.observe(paths[i].walk.budget.moves / max(1, paths[i].walk.budget.limits.mnl)) for i in active
     ]
     batch = batch_of(seen)
-    scores, tokens, values = policy(batch)
-    greedy = [cut.greedy_first and path is first for path in active]
+    vm_tokens = tokens.vm[active]
+    scores, pms, values = policy.score(batch, vm_tokens, tokens.pm[active])
     pending = list(range(len(active)))
-    refused = scores.clone()
+    changed: list[tuple[int, Observer, int]] = []
     for _ in range(8):  # a VM none of whose places is allowed (affinity, caps) is masked and another one chosen
-        for row in [row for row in pending if not (refused[row] > -1e8).any()]:
-            active[row].over = True
+        for row in [row for row in pending if not (scores[row] > -1e8).any()]:
+            paths[active[row]].over = True
             pending.remove(row)
         if not pending:
-            return
-        vm_log, chosen = _sample(refused[pending], cut.vm_quantile, generator, [greedy[row] for row in pending])
-        options = [
-            observer.places(active[row].walk.state, seen[row], vm) for row, vm in zip(pending, chosen, strict=True)
-        ]
-        for position, row in enumerate(pending):
-            _limit(active[row].walk, int(chosen[position]), options[position])
+            break
+        greedy = [cut.greedy_first and active[row] == 0 for row in pending]
+        vm_log, chosen = sample(scores[pending], cut.vm_quantile, generator, greedy)
+        options = [_options(paths[active[row]], int(vm)) for row, vm in zip(pending, chosen, strict=True)]
         able = [position for position, option in enumerate(options) if option[2].any()]
         if able:
-            rows = [pending[position] for position in able]
-            _place(
-                policy, batch, tokens, values, active, seen, rows,
-                [int(chosen[p]) for p in able], [options[p] for p in able], vm_log[able], generator, cut, greedy, keep,
-            )  # fmt: skip
+            picked = [pending[position] for position in able]
+            part = Batch(*(getattr(batch, name)[picked] for name in Batch.__dataclass_fields__))
+            pm, features, legal = stack_places(
+                [paths[active[row]].walk.cluster for row in picked], [options[position] for position in able]
+            )
+            vms = torch.from_numpy(chosen[able])
+            place_scores = policy.place_scores(part, vm_tokens[picked], pms[picked], vms, pm, features, legal)
+            place_log, places = sample(place_scores, cut.place_quantile, generator, [greedy[p] for p in able])
+            for position, row in enumerate(picked):
+                path, option = paths[active[row]], options[able[position]]
+                vm, index = int(vms[position]), int(places[position])
+                if keep:
+                    log = float(vm_log[able[position]] + place_log[position])
+                    hosts = path.walk.cluster.place_pm[option[0].start : option[0].stop]
+                    path.choices.append(
+                        Choice(seen[row], vm, hosts, option[1], option[2], index, log, float(values[row]))
+                    )
+                touched = _go(path, vm, option[0].start + index)
+                changed += [(active[row], path.observer, pm_number) for pm_number in touched]
         for position, row in enumerate(pending):
-            refused[row, int(chosen[position])] = -1e9
-        pending = [row for position, row in enumerate(pending) if position not in set(able)]
+            scores[row, int(chosen[position])] = -1e9
+        pending = [row for position, row in enumerate(pending) if position not in able]
     for row in pending:
-        active[row].over = True
+        paths[active[row]].over = True
+    if changed:
+        tokens.refresh(changed)
 
 
-def _limit(walk: Walk, vm: int, option: tuple[range, Singles, Bools]) -> None:
-    """Take away places that a cap or the byte limit forbids."""
-    if walk.budget.only_mnl:
-        return
-    places, _, legal = option
-    source = int(walk.cluster.place_pm[walk.state.vm_place[vm]])
-    for index in np.flatnonzero(legal):
-        legal[index] = walk.budget.allows(vm, source, int(walk.cluster.place_pm[places.start + int(index)]))
+def _go(path: Trajectory, vm: int, place: int) -> list[int]:
+    """Make the move; the PMs it touched."""
+    walk = path.walk
+    source, target = int(walk.cluster.place_pm[walk.state.vm_place[vm]]), int(walk.cluster.place_pm[place])
+    before = walk.net()
+    walk.go(vm, place)
+    path.observer.moved(vm, source, target)
+    after = walk.net()
+    path.rewards.append(after - before)
+    if after > path.best + 1e-9:
+        path.best, path.length = after, len(walk.steps)
+    path.over = walk.budget.moves_left <= 0 or walk.reached()
+    return sorted({source, target})
 
 
-def _place(
-    policy: Policy,
-    batch: Batch,
-    tokens: Tensor,
-    values: Tensor,
-    active: list[Trajectory],
-    seen: list[Observation],
-    rows: list[int],
-    vms: list[int],
-    options: list[tuple[range, Singles, Bools]],
-    vm_log: Tensor,
-    generator: torch.Generator,
-    cut: Cut,
-    greedy: list[bool],
-    keep: bool,
-) -> None:
-    """Stage two for the trajectories `rows`, and the moves."""
-    clusters = [active[row].walk.cluster for row in rows]
-    pms = [c.place_pm[o[0].start : o[0].stop] for c, o in zip(clusters, options, strict=True)]
-    pm, features, legal = stack_places(pms, [o[1] for o in options], [o[2] for o in options])
-    part = Batch(*(getattr(batch, name)[rows] for name in Batch.__dataclass_fields__))
-    scores = policy.place_scores(part, tokens[rows], torch.tensor(vms), pm, features, legal)
-    place_log, chosen = _sample(scores, cut.place_quantile, generator, [greedy[row] for row in rows])
-    for position, row in enumerate(rows):
-        path, vm, index = active[row], vms[position], int(chosen[position])
-        places, table, mask = options[position]
-        before = path.walk.net()
-        path.walk.go(vm, places.start + index)
-        after = path.walk.net()
-        if keep:
-            log = float(vm_log[position] + place_log[position])
-            path.choices.append(Choice(seen[row], vm, pms[position], table, mask, index, log, float(values[row])))
-            path.rewards.append(after - before)
-        if after > path.best + 1e-9:
-            path.best, path.length = after, len(path.walk.steps)
-        path.over = path.walk.budget.moves_left <= 0 or path.walk.reached()
+def _options(path: Trajectory, vm: int) -> Option:
+    """Places for a VM; a cap or the byte limit takes some away."""
+    places, features, legal = path.observer.places(vm)
+    walk = path.walk
+    if not walk.budget.only_mnl:
+        source = int(walk.cluster.place_pm[walk.state.vm_place[vm]])
+        for index in np.flatnonzero(legal):
+            legal[index] = walk.budget.allows(vm, source, int(walk.cluster.place_pm[places.start + int(index)]))
+    return places, features, legal
 
 
-def stack_places(pms: list[Ints], features: list[Singles], legal: list[Bools]) -> tuple[Tensor, Tensor, Tensor]:
+def stack_places(clusters: Sequence[object], options: Sequence[Option]) -> tuple[Tensor, Tensor, Tensor]:
     """Places of several decisions, padded: PM (B, K), features (B, K, F), legal (B, K)."""
-    width = max(len(one) for one in pms)
-    pm = np.zeros((len(pms), width), dtype=np.int64)
-    table = np.zeros((len(pms), width, features[0].shape[1]), dtype=np.float32)
-    mask = np.zeros((len(pms), width), dtype=np.bool_)
-    for row, (one, values, able) in enumerate(zip(pms, features, legal, strict=True)):
+    hosts = [
+        cluster.place_pm[places.start : places.stop]  # type: ignore[attr-defined]
+        for cluster, (places, _, _) in zip(clusters, options, strict=True)
+    ]
+    return stack(hosts, [features for _, features, _ in options], [legal for _, _, legal in options])
+
+
+def stack(hosts: Sequence[Ints], features: Sequence[Singles], legal: Sequence[Bools]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from arrays."""
+    width = max(len(one) for one in hosts)
+    pm = np.zeros((len(hosts), width), dtype=np.int64)
+    table = np.zeros((len(hosts), width, features[0].shape[1]), dtype=np.float32)
+    mask = np.zeros((len(hosts), width), dtype=np.bool_)
+    for row, (one, values, able) in enumerate(zip(hosts, features, legal, strict=True)):
         pm[row, : len(one)], table[row, : len(one)], mask[row, : len(one)] = one, values, able
     return torch.from_numpy(pm), torch.from_numpy(table), torch.from_numpy(mask)
 
 
-def _sample(scores: Tensor, quantile: float, generator: torch.Generator, greedy: list[bool]) -> tuple[Tensor, Ints]:
+def sample(scores: Tensor, quantile: float, generator: torch.Generator, greedy: list[bool]) -> tuple[Tensor, Ints]:
     """(log-probabilities, actions) per row; actions below the quantile of the legal ones' probabilities are cut."""
     log = torch.log_softmax(scores, dim=-1)
     kept = log
     if quantile > 0.0:
-        legal = scores > -1e8
-        floor = torch.stack(
-            [torch.quantile(row[able], quantile, interpolation="higher") for row, able in zip(log, legal, strict=True)]
-        )
-        kept = log.masked_fill(log < floor[:, None], -1e9)
+        legal = (scores > -1e8).sum(dim=-1)
+        # Of n legal actions the likeliest ceil((1 - quantile) n) stay, at least one; the rest sorts behind them.
+        stay = torch.ceil((1.0 - quantile) * legal).long().clamp(min=1)
+        top = log.topk(int(stay.max()), dim=-1).values
+        kept = log.masked_fill(log < top.gather(1, stay[:, None] - 1), -1e9)
     noise = -torch.log(-torch.log(torch.rand(kept.shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
     noise[torch.tensor(greedy)] = 0.0
     actions = (kept + noise).argmax(dim=-1)  # Gumbel-max: a sample from the softmax

@@ -49,6 +49,7 @@ class Solution:
     steps: tuple[Step, ...] = ()
     bound: float | None = None
     notes: tuple[str, ...] = ()
+    proven: bool = False  # no plan within the limits is better
     impossible: bool = False  # proven: no plan within the limits reaches the goal
 
 

@@ -46,8 +46,10 @@ def improve(
     if result.infeasible:
         return Solution(impossible=True), before
     notes: tuple[str, ...] = ()
+    proven = False
     if result.flow is not None:
         done = realise(after, result.flow, deadline, seed)
+        proven = result.proven and done.complete and not done.extra
         if done.extra:
             notes += (f"{done.extra} extra moves through a spare place break a cycle",)
     bound = None
@@ -57,7 +59,7 @@ def improve(
         elif not problem.objective.cost_per_gb:
             bound = max(0.0, after.valuation.objective(result.bound))
     best = after if better(after, before) else before
-    return Solution(tuple(best.steps), bound, notes), best
+    return Solution(tuple(best.steps), bound, notes, proven), best
 
 
 def better(one: Walk, other: Walk) -> bool:

@@ -2,8 +2,8 @@
 
 Logic: (1) the exact solver; if its plan meets its own bound there is nothing to add. (2) the look-ahead heuristic and
 vector packing, each with a part of what is left. (3) large-neighbourhood search from the best of them, until time is up
-or the bound is met: it treats anti-affinity exactly. The best plan wins: highest value (or fewest moves to the goal), then
-fewest moves. Every candidate was replayed on a fresh state; the caller's checker replays the winner once more.
+or the bound is met: it treats anti-affinity exactly. The best plan wins: highest value (or fewest moves to the goal),
+then fewest moves. Every candidate was replayed on a fresh state; the caller's checker replays the winner once more.
 """
 
 from central.planner.model.problem import Deadline, Problem, Solution
@@ -22,7 +22,7 @@ def auto(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     first = Walk(problem, cluster)
     descend(first, deadline.part(0.05))
     solution, best = improve(problem, cluster, first.steps, deadline.part(EXACT_SHARE), seed)
-    if solution.impossible or _met(best, solution.bound):
+    if solution.impossible or solution.proven or _met(best, solution.bound):
         return solution
     for other, share in ((swap, 0.5), (packing, 0.3)):
         if deadline.over:

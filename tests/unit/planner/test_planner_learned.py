@@ -1,0 +1,211 @@
+"""The learned planner: tables stay true along a walk, masks hold, training learns, the environments are sound."""
+
+import warnings
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+from central.planner.generator import SHAPES, generate
+from central.planner.learned import distill, ppo, weights
+from central.planner.learned.envs import KINDS, Kind, RescheduleEnv, register_envs
+from central.planner.learned.network import Policy, batch_of
+from central.planner.learned.observe import Observer
+from central.planner.learned.rollout import Cut, Tokens, roll, sample
+from central.planner.learned.solver import Options, learned
+from central.planner.model.objective import parse_objective
+from central.planner.model.problem import Deadline, Limits, Problem
+from central.planner.planning import plan_by
+from central.planner.solvers.gains import shift_gain
+from central.planner.solvers.greedy import Walk
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def problem_of(name="tiny", mnl=6, objective="fr", **limits):
+    return Problem(generate(SHAPES[name], 1), parse_objective(objective), Limits(mnl, **limits))
+
+
+@pytest.mark.parametrize("objective", ["fr", "mixed", "multi"])
+def test_tables_after_moves_are_those_of_a_new_observer(objective):
+    walk = Walk(problem_of(objective=objective))
+    observer = Observer(walk.state, walk.valuation)
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        seen = observer.observe(0.5)
+        vm = int(random.choice(np.flatnonzero(seen.vm_mask)))
+        places, _, legal = observer.places(vm)
+        if legal.any():
+            source = int(walk.cluster.place_pm[walk.state.vm_place[vm]])
+            place = places.start + int(random.choice(np.flatnonzero(legal)))
+            assert walk.may(vm, place)
+            walk.go(vm, place)
+            observer.moved(vm, source, int(walk.cluster.place_pm[place]))
+    fresh = Observer(walk.state, walk.valuation)
+    np.testing.assert_array_equal(observer.observe(0.5).vm, fresh.observe(0.5).vm)
+    np.testing.assert_array_equal(observer.pm, fresh.pm)
+    np.testing.assert_array_equal(observer.fits, fresh.fits)
+    for group in range(walk.cluster.groups):
+        window = slice(walk.cluster.group_places[group].start, walk.cluster.group_places[group].stop)
+        for table, sign in ((fresh.leave, 1), (fresh.arrive, -1)):
+            expected = shift_gain(walk.state, walk.valuation, group, sign)
+            np.testing.assert_allclose(table[group, window], expected, atol=1e-5)
+
+
+def test_tokens_of_two_changed_trees_are_those_of_all_trees():
+    torch.manual_seed(0)
+    policy = Policy().eval()
+    walk = Walk(problem_of("small"))
+    observer = Observer(walk.state, walk.valuation)
+    with torch.no_grad():
+        tokens = Tokens(policy, [observer])
+        vm = int(np.flatnonzero(observer.observe(0.0).vm_mask)[3])
+        places, _, legal = observer.places(vm)
+        place = places.start + int(np.flatnonzero(legal)[-1])
+        source, target = int(observer.host[vm]), int(walk.cluster.place_pm[place])
+        walk.go(vm, place)
+        observer.moved(vm, source, target)
+        tokens.refresh([(0, observer, pm) for pm in sorted({source, target})])
+        whole = Tokens(policy, [observer])
+    torch.testing.assert_close(tokens.vm, whole.vm, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tokens.pm, whole.pm, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    policy = Policy().eval()
+    walks = [Walk(problem_of(name)) for name in ("tiny", "small")]
+    seen = [Observer(walk.state, walk.valuation).observe(0.1) for walk in walks]
+    with torch.no_grad():
+        alone, together = batch_of(seen[:1]), batch_of(seen)
+        score_alone = policy.score(alone, *policy.encode_all(alone))[0][0]
+        score_both = policy.score(together, *policy.encode_all(together))[0][0]
+    torch.testing.assert_close(score_alone, score_both[: len(score_alone)], atol=1e-4, rtol=1e-4)
+    assert (score_both[len(score_alone) :] < -1e8).all()
+
+
+def test_an_untrained_policy_makes_no_illegal_move():
+    policy = Policy().eval()
+    kind = replace(SHAPES["small"], affinity_sets=40, pms_per_rack=5, immovable_share=0.2, outage_pms=2)
+    problem = Problem(generate(kind, 2), parse_objective("fr"), Limits(15, per_pm=2, per_tenant=3))
+    first = Walk(problem)
+    paths = roll(policy, [first, first.fork()], torch.Generator().manual_seed(0), Cut())
+    for path in paths:
+        fresh = Walk(problem)
+        assert len(path.walk.steps) > 5
+        for step in path.walk.steps:
+            place = fresh.cluster.place_index(step.vm, step.target)
+            assert fresh.may(step.vm, place)
+            fresh.go(step.vm, place)
+
+
+def test_cut_keeps_the_likeliest():
+    scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1e9]])
+    drawn = {int(sample(scores, 0.5, torch.Generator().manual_seed(seed), [False])[1][0]) for seed in range(60)}
+    assert drawn == {1, 2}
+    assert int(sample(scores, 0.0, torch.Generator(), [True])[1][0]) == 1
+
+
+def test_advantages_by_hand():
+    got = ppo.advantages(np.array([1.0, 0.0, 2.0]), np.array([0.5, 1.0, 1.5]), 0.9, 0.8)
+    third = 2.0 - 1.5
+    second = 0.9 * 1.5 - 1.0 + 0.72 * third
+    first = 1.0 + 0.9 * 1.0 - 0.5 + 0.72 * second
+    np.testing.assert_allclose(got, [first, second, third])
+
+
+def identity(random):
+    """One PM with 12 free cores of 16 and a 4-core VM on it, one with a hole of 4: the right move is worth a slot."""
+    kind = replace(SHAPES["tiny"], pms=4, vms=24)
+    return Problem(generate(kind, int(random.integers(3))), parse_objective("fr"), Limits(3))
+
+
+def test_ppo_learns_and_is_deterministic(tmp_path):
+    def run():
+        told = []
+        settings = ppo.Settings(iterations=40, walks=8, learning_rate=3e-3, seed=1, passes=2)
+        policy = ppo.train(settings, tmp_path / "w.npz", report=told.append, problems=identity)
+        return policy, [float(line.split("move ")[1].split()[0]) for line in told]
+
+    one, gained = run()
+    two, _ = run()
+    assert gained[-1] > gained[0] + 0.1
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_distillation_learns_to_gain(tmp_path):
+    settings = distill.Settings(updates=60, batch=16, pms=(6, 10), mnl=(2, 4), pool=10, fresh=4, learning_rate=3e-3)
+    told = []
+    distill.distill(settings, tmp_path / "w.npz", report=told.append)
+    random = np.random.default_rng(9)
+    batch = [
+        lesson
+        for _ in range(4)
+        for lesson in distill.lessons(Policy().eval(), distill.random_problem(settings, random), settings, random)
+    ]
+    torch.manual_seed(0)
+    trained, about = weights.load(tmp_path / "w.npz")
+    assert about["updates"] == 60
+    with torch.no_grad():
+        before, after = (sum(float(part) for part in distill.loss_of(policy, batch)) for policy in (Policy(), trained))
+    assert after < 0.8 * before
+
+
+def test_shipped_weights_are_good():
+    problem = problem_of("small", mnl=10)
+    plan = plan_by(problem, "learned", learned, 30.0, 0)
+    greedy = plan_by(problem, "greedy", __import__("central.planner.solvers.greedy", fromlist=["x"]).greedy, 5.0, 0)
+    assert plan.final.slots >= greedy.final.slots
+    policy, about = weights.load()
+    assert sum(value.numel() for value in policy.parameters()) < 100_000
+    assert about["algorithm"]
+
+
+def test_learned_is_deterministic():
+    plans = [learned(problem_of("small"), Deadline(30.0), 3, Options(samples=3)) for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_environments_pass_the_checker(name):
+    register_envs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*not within the observation space bounds.*|.*infinity.*")
+        env = gym.make(f"fabricpilot/{name}-v0", disable_env_checker=True).unwrapped
+        check_env(env, skip_render_check=True)
+
+
+def test_invalid_action_is_a_flagged_no_op():
+    env = RescheduleEnv(Kind(penalty=0.1))
+    seen, _ = env.reset(seed=4)
+    full = np.flatnonzero(~env.place_mask(0))
+    again, reward, _, _, info = env.step(np.array([0, full[0]]))
+    assert info["invalid"]
+    assert reward == pytest.approx(-0.1)
+    np.testing.assert_array_equal(seen["pm"], again["pm"])
+
+
+def test_two_environments_of_one_seed_agree():
+    runs = []
+    for _ in range(2):
+        env = RescheduleEnv(Kind(sparse=True))
+        _, info = env.reset(seed=7)
+        rewards = []
+        for _ in range(5):
+            vm = int(np.flatnonzero(info["vm_mask"])[0])
+            place = int(np.flatnonzero(env.place_mask(vm))[0])
+            seen, reward, _, _, info = env.step(np.array([vm, place]))
+            rewards.append((reward, float(seen["vm"].sum())))
+        runs.append(rewards)
+    assert runs[0] == runs[1]
