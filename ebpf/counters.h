@@ -11,10 +11,10 @@
 enum untracked_reason {
 	PARSED,
 	NOT_IP,           /* ARP, LLDP, MPLS ... */
-	VLAN,             /* a tag inside the frame; tags kept beside the packet by the kernel are no obstacle */
+	VLAN,             /* more than two tags inside the frame */
 	OTHER_PROTOCOL,   /* IP, but neither TCP nor UDP */
-	FRAGMENT,         /* only the first one has ports: none is tracked */
-	EXTENSION_HEADER, /* IPv6 with anything between its header and TCP or UDP */
+	FRAGMENT,         /* a later one whose first one is not known */
+	EXTENSION_HEADER, /* IPv6: encrypted, or more extension headers than anybody sends */
 	MALFORMED,        /* truncated, or lengths that contradict each other */
 	UNREADABLE,       /* headers are not in linear memory and the kernel could not bring them there */
 	UNTRACKED_REASONS,

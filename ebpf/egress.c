@@ -3,7 +3,8 @@
  * The egress program: gives every TCP and UDP packet that leaves a NIC the level its flow has earned.
  * Hook: clsact egress, direct action, before the qdisc sees the packet.
  *
- *   1. parse    Ethernet, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone   (parse.h, counters.h)
+ *   1. parse    Ethernet, VLAN, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone
+ *                                                                                  (parse.h, fragment.h, counters.h)
  *   2. account  find or insert the flow, add the payload, compare with the thresholds         (flow.h, level.h)
  *   3. mark     DSCP for the fabric, skb->priority for the NIC's own queues                   (mark.h)
  *
@@ -22,6 +23,7 @@
 
 #include "counters.h"
 #include "parse.h"
+#include "fragment.h"
 #include "level.h"
 #include "flow.h"
 #include "mark.h"
@@ -32,12 +34,18 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	struct counters *count = counters.lookup(&zero);
 	struct settings *settings = settings_in_force();
 	struct packet packet = {};
+	struct fragment_value *first = 0;
 	int reason;
 	__u8 level;
 
 	if (!count || !settings)
 		return TC_ACT_UNSPEC; /* cannot be: array maps always have their entries */
 	reason = parse_anywhere(skb, &packet);
+	if (reason == PARSED && packet.fragment == LATER_FRAGMENT) {
+		first = find_first_fragment(&packet);
+		if (!first)
+			reason = FRAGMENT;
+	}
 	if (reason != PARSED) {
 		count->untracked[reason & (UNTRACKED_REASONS - 1)] += segments;
 		return TC_ACT_UNSPEC;
@@ -45,6 +53,10 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
 		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
 	level = account(&packet, segments, settings, count);
+	if (packet.fragment == FIRST_FRAGMENT)
+		remember_first_fragment(&packet, level);
+	else if (first)
+		level = first->level; /* one datagram, one level: its fragments keep their order */
 	mark(skb, &packet, segments, level, settings, count);
 	return TC_ACT_UNSPEC;
 }

@@ -10,11 +10,11 @@
 #define IPV4_REWRITE_BYTES 12 /* from the version to the header checksum */
 #define IPV6_DSCP_MASK 0x0fc0 /* in the first 16 bits: version 4, DSCP 6, ECN 2, flow label 4 */
 
-static __always_inline long write_dscp_ipv4(struct __sk_buff *skb, __u8 dscp)
+static __always_inline long write_dscp_ipv4(struct __sk_buff *skb, __u32 offset, __u8 dscp)
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	__u16 *words = data + ETH_HLEN;
+	__u16 *words = data + offset;
 	__u16 header[IPV4_REWRITE_BYTES / 2];
 	__u32 sum;
 	__u8 *tos = (__u8 *)header + 1;
@@ -32,21 +32,21 @@ static __always_inline long write_dscp_ipv4(struct __sk_buff *skb, __u8 dscp)
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	header[5] = ~sum;
-	return bpf_skb_store_bytes(skb, ETH_HLEN, header, sizeof(header), 0);
+	return bpf_skb_store_bytes(skb, offset, header, sizeof(header), 0);
 }
 
-static __always_inline long write_dscp_ipv6(struct __sk_buff *skb, __u8 dscp)
+static __always_inline long write_dscp_ipv6(struct __sk_buff *skb, __u32 offset, __u8 dscp)
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	__be16 *first = data + ETH_HLEN;
+	__be16 *first = data + offset;
 	__be16 word;
 
 	if ((void *)(first + 1) > data_end)
 		return -1;
 	word = bpf_htons((bpf_ntohs(*first) & ~IPV6_DSCP_MASK) | dscp << 6);
 	/* No header checksum, but a checksum the NIC took of the whole packet must follow the change. */
-	return bpf_skb_store_bytes(skb, ETH_HLEN, &word, sizeof(word), BPF_F_RECOMPUTE_CSUM);
+	return bpf_skb_store_bytes(skb, offset, &word, sizeof(word), BPF_F_RECOMPUTE_CSUM);
 }
 
 /* Gives the packet its level, unless it carries a DSCP that is to be respected. Packet pointers are stale after it. */
@@ -55,6 +55,7 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 {
 	__u8 dscp = settings->dscp[level & (MAX_LEVELS - 1)];
 	__u32 priority = settings->priority[level & (MAX_LEVELS - 1)];
+	__u32 offset;
 
 	if (!settings->levels) {
 		counters->untagged += segments;
@@ -74,6 +75,7 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 		skb->priority = priority;
 	if (packet->dscp == dscp)
 		return;
-	if (packet->ipv6 ? write_dscp_ipv6(skb, dscp) : write_dscp_ipv4(skb, dscp))
+	offset = packet->network_offset & NETWORK_OFFSET_MASK;
+	if (packet->ipv6 ? write_dscp_ipv6(skb, offset, dscp) : write_dscp_ipv4(skb, offset, dscp))
 		counters->write_failed++;
 }

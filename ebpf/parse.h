@@ -1,17 +1,32 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
  * Parsing: from an Ethernet frame to a flow key, the payload length and what TCP says about the flow's life.
- * Whatever is not certainly IPv4 or IPv6 with TCP or UDP right behind it is refused with a reason, never guessed at.
+ *
+ *   Ethernet, up to two VLAN tags -> IPv4 with options | IPv6 with extension headers -> TCP | UDP
+ *
+ * Whatever is not certainly that is refused with a reason, never guessed at. A fragment is told apart: its first one
+ * has ports, later ones only an identification (fragment.h makes the connection).
  *
  * Reads packet memory directly. Where the headers are not in linear memory, `parse` says NEEDS_PULL and the caller
- * brings them there first; that is rare, as local sockets always put headers into linear memory.
+ * brings them there first; that is rare, as local sockets always put headers into linear memory. Extension headers
+ * are rare, too, and read through a helper, which finds them wherever they are.
  */
 #pragma once
 
-#define MAX_HEADER_BYTES (ETH_HLEN + 60 + 60) /* Ethernet, the longest IPv4 header, the longest TCP header */
+#define VLAN_TAGS 2 /* 802.1ad and 802.1Q; a tag that the kernel keeps beside the packet comes on top */
+#define VLAN_TAG_BYTES 4
+#define NETWORK_OFFSET_MASK 31 /* no IP header begins behind that: tells the verifier what it forgets in memory */
+#define EXTENSION_HEADERS 6 /* all kinds once; a packet with more is refused */
+#define MAX_EXTENSION_BYTES 256
+
+/* Ethernet, tags, the longest IP header (60 for IPv4), the longest TCP header. */
+#define MAX_HEADER_BYTES (ETH_HLEN + VLAN_TAGS * VLAN_TAG_BYTES + 40 + MAX_EXTENSION_BYTES + 60)
 #define NEEDS_PULL (-1)
 
-#define IPV4_FRAGMENT_BITS 0x3fff /* more-fragments and offset; don't-fragment is none of our concern */
+#define IPV4_MORE_FRAGMENTS 0x2000
+#define IPV4_OFFSET_MASK 0x1fff
+#define IPV6_MORE_FRAGMENTS 0x0001
+#define IPV6_OFFSET_MASK 0xfff8
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
@@ -27,15 +42,25 @@ struct flow_key {
 	__u8 pad[3]; /* always 0: it is part of the hashed key */
 };
 
-struct packet {
-	struct flow_key key;
-	__u32 payload_bytes; /* of all GSO segments together */
-	__u8 tcp_flags;      /* 0 for UDP */
-	__u8 dscp;
-	__u8 ipv6;
+enum fragment {
+	WHOLE,
+	FIRST_FRAGMENT, /* has ports */
+	LATER_FRAGMENT, /* has none: ports, and for IPv6 the protocol, are yet to be found */
 };
 
-/* Transport header at `offset`; `ip_payload_bytes` is what the IP header says follows it. */
+struct packet {
+	struct flow_key key;
+	__u32 payload_bytes;  /* of all GSO segments together */
+	__u32 sequence;       /* TCP: of the first payload byte, or of the SYN */
+	__u32 fragment_id;    /* identification, where `fragment` is not WHOLE */
+	__u16 network_offset; /* of the IP header */
+	__u8 tcp_flags;       /* 0 for UDP and later fragments */
+	__u8 dscp;
+	__u8 ipv6;
+	__u8 fragment; /* enum fragment */
+};
+
+/* Transport header at `offset`; `ip_payload_bytes` is what the IP headers say follows there. */
 static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet, __u32 offset,
 					   __u32 ip_payload_bytes)
 {
@@ -50,6 +75,10 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	else if (skb->len < offset + ip_payload_bytes)
 		return MALFORMED;
 
+	if (packet->fragment == LATER_FRAGMENT) {
+		packet->payload_bytes = ip_payload_bytes;
+		return PARSED;
+	}
 	if (packet->key.protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = data + offset;
 		__u8 *bytes = data + offset;
@@ -58,6 +87,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 			return NEEDS_PULL;
 		packet->key.source_port = bpf_ntohs(tcp->source);
 		packet->key.destination_port = bpf_ntohs(tcp->dest);
+		packet->sequence = bpf_ntohl(tcp->seq);
 		packet->tcp_flags = bytes[13];
 		header_bytes = (bytes[12] >> 4) * 4;
 		if (header_bytes < sizeof(*tcp))
@@ -69,7 +99,6 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 			return NEEDS_PULL;
 		packet->key.source_port = bpf_ntohs(udp->source);
 		packet->key.destination_port = bpf_ntohs(udp->dest);
-		packet->tcp_flags = 0;
 	}
 	if (ip_payload_bytes < header_bytes)
 		return MALFORMED;
@@ -81,8 +110,9 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	struct iphdr *ip = data + ETH_HLEN;
+	struct iphdr *ip = data + packet->network_offset;
 	__u32 header_bytes, total_bytes;
+	__u16 fragment_bits;
 
 	if ((void *)(ip + 1) > data_end)
 		return NEEDS_PULL;
@@ -90,95 +120,172 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	total_bytes = bpf_ntohs(ip->tot_len);
 	if (ip->version != 4 || header_bytes < sizeof(*ip))
 		return MALFORMED;
-	if (ip->frag_off & bpf_htons(IPV4_FRAGMENT_BITS))
-		return FRAGMENT;
 	if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_UDP)
 		return OTHER_PROTOCOL;
 	if (!skb->gso_size && total_bytes < header_bytes)
 		return MALFORMED;
+	fragment_bits = bpf_ntohs(ip->frag_off);
+	if (fragment_bits & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET_MASK)) {
+		packet->fragment = fragment_bits & IPV4_OFFSET_MASK ? LATER_FRAGMENT : FIRST_FRAGMENT;
+		packet->fragment_id = ip->id;
+	}
 
-	packet->key.source[0] = 0;
-	packet->key.source[1] = 0;
 	packet->key.source[2] = bpf_htonl(0xffff);
 	packet->key.source[3] = ip->saddr;
-	packet->key.destination[0] = 0;
-	packet->key.destination[1] = 0;
 	packet->key.destination[2] = bpf_htonl(0xffff);
 	packet->key.destination[3] = ip->daddr;
 	packet->key.protocol = ip->protocol;
 	packet->dscp = ip->tos >> 2;
-	packet->ipv6 = 0;
-	return parse_transport(skb, packet, ETH_HLEN + header_bytes, total_bytes - header_bytes);
+	return parse_transport(skb, packet, packet->network_offset + header_bytes, total_bytes - header_bytes);
 }
+
+/* What every extension header starts with, and all of a fragment header. */
+struct extension {
+	__u8 next_header;
+	__u8 length;
+	__be16 offset; /* of a fragment, and whether more of them follow */
+	__be32 id;
+};
 
 static __always_inline int is_extension_header(__u8 next_header)
 {
-	/* hop-by-hop, routing, encapsulating security, authentication, destination options, mobility, HIP, shim6 */
-	return next_header == 0 || next_header == 43 || next_header == 50 || next_header == 51 || next_header == 60 ||
-	       next_header == 135 || next_header == 139 || next_header == 140;
+	/* hop-by-hop, routing, fragment, encapsulating security, authentication, destination options, mobility, HIP,
+	 * shim6 */
+	return next_header == 0 || next_header == 43 || next_header == 44 || next_header == 50 || next_header == 51 ||
+	       next_header == 60 || next_header == 135 || next_header == 139 || next_header == 140;
+}
+
+/* Moves `offset` behind the extension headers and `next_header` to what is there. */
+static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct packet *packet, __u8 *next_header,
+						  __u32 *offset)
+{
+	struct extension header;
+	__u32 at = *offset, last = *offset + MAX_EXTENSION_BYTES;
+	__u8 next = *next_header;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < EXTENSION_HEADERS; i++) {
+		if (!is_extension_header(next) || packet->fragment == LATER_FRAGMENT)
+			break;
+		if (next == IPPROTO_ESP)
+			return EXTENSION_HEADER; /* what follows is encrypted */
+		if (bpf_skb_load_bytes(skb, at, &header, sizeof(header)))
+			return MALFORMED; /* none is shorter */
+		if (next == IPPROTO_FRAGMENT) {
+			/* Neither offset nor more to come: an atomic fragment (RFC 6946), which is a whole packet. */
+			if (header.offset & bpf_htons(IPV6_OFFSET_MASK))
+				packet->fragment = LATER_FRAGMENT;
+			else if (header.offset & bpf_htons(IPV6_MORE_FRAGMENTS))
+				packet->fragment = FIRST_FRAGMENT;
+			packet->fragment_id = header.id;
+			at += sizeof(header);
+		} else {
+			at += next == IPPROTO_AH ? (header.length + 2) * 4 : (header.length + 1) * 8;
+		}
+		next = header.next_header;
+	}
+	if (at > last || (is_extension_header(next) && packet->fragment != LATER_FRAGMENT))
+		return EXTENSION_HEADER; /* more than anybody sends */
+	*next_header = next;
+	*offset = at;
+	return PARSED;
 }
 
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet)
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	struct ipv6hdr *ip = data + ETH_HLEN;
-	int i;
+	struct ipv6hdr *ip = data + packet->network_offset;
+	__u32 offset = packet->network_offset + sizeof(*ip), payload_bytes;
+	__u8 next_header;
+	int i, result;
 
 	if ((void *)(ip + 1) > data_end)
 		return NEEDS_PULL;
 	if (ip->version != 6)
 		return MALFORMED;
-	if (ip->nexthdr == IPPROTO_FRAGMENT)
-		return FRAGMENT;
-	if (is_extension_header(ip->nexthdr))
-		return EXTENSION_HEADER;
-	if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP)
-		return OTHER_PROTOCOL;
-
 #pragma unroll
 	for (i = 0; i < 4; i++) {
 		packet->key.source[i] = ip->saddr.in6_u.u6_addr32[i];
 		packet->key.destination[i] = ip->daddr.in6_u.u6_addr32[i];
 	}
-	packet->key.protocol = ip->nexthdr;
 	packet->dscp = (bpf_ntohs(*(__be16 *)ip) >> 6) & 0x3f;
 	packet->ipv6 = 1;
-	return parse_transport(skb, packet, ETH_HLEN + sizeof(*ip), bpf_ntohs(ip->payload_len));
+	next_header = ip->nexthdr;
+	payload_bytes = bpf_ntohs(ip->payload_len);
+	if (is_extension_header(next_header)) {
+		__u32 behind = offset;
+
+		result = skip_extension_headers(skb, packet, &next_header, &behind);
+		if (result != PARSED)
+			return result;
+		if (behind > offset + MAX_EXTENSION_BYTES || (!skb->gso_size && payload_bytes < behind - offset))
+			return MALFORMED;
+		payload_bytes -= behind - offset;
+		offset = behind;
+	}
+	if (next_header != IPPROTO_TCP && next_header != IPPROTO_UDP && packet->fragment != LATER_FRAGMENT)
+		return OTHER_PROTOCOL;
+	packet->key.protocol = next_header;
+	return parse_transport(skb, packet, offset, payload_bytes);
 }
 
-/* PARSED, NEEDS_PULL or the reason why this packet is not tracked. */
+static __always_inline int is_vlan_tag(__be16 ethertype)
+{
+	return ethertype == bpf_htons(ETH_P_8021Q) || ethertype == bpf_htons(ETH_P_8021AD);
+}
+
+/* PARSED, NEEDS_PULL or the reason why this packet is not tracked. `packet` is all zeroes before. */
 static __always_inline int parse(struct __sk_buff *skb, struct packet *packet)
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
 	struct ethhdr *ethernet = data;
+	__be16 ethertype;
+	int i;
 
 	if ((void *)(ethernet + 1) > data_end)
 		return NEEDS_PULL;
-	if (ethernet->h_proto == bpf_htons(ETH_P_IP))
+	ethertype = ethernet->h_proto;
+	packet->network_offset = ETH_HLEN;
+#pragma unroll
+	for (i = 0; i < VLAN_TAGS; i++) {
+		__be16 *behind_tag = data + packet->network_offset + VLAN_TAG_BYTES;
+
+		if (!is_vlan_tag(ethertype))
+			break;
+		if ((void *)behind_tag > data_end)
+			return NEEDS_PULL;
+		ethertype = behind_tag[-1];
+		packet->network_offset += VLAN_TAG_BYTES;
+	}
+	if (ethertype == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, packet);
-	if (ethernet->h_proto == bpf_htons(ETH_P_IPV6))
+	if (ethertype == bpf_htons(ETH_P_IPV6))
 		return parse_ipv6(skb, packet);
-	if (ethernet->h_proto == bpf_htons(ETH_P_8021Q) || ethernet->h_proto == bpf_htons(ETH_P_8021AD))
-		return VLAN;
-	return NOT_IP;
+	return is_vlan_tag(ethertype) ? VLAN : NOT_IP;
 }
 
 /* As `parse`, after bringing the headers into linear memory where they are not. */
 static __always_inline int parse_anywhere(struct __sk_buff *skb, struct packet *packet)
 {
-	int result = parse(skb, packet);
-	__u32 wanted_bytes = skb->len;
+	int result = NEEDS_PULL, attempt;
 
-	if (result != NEEDS_PULL)
-		return result;
-	if (wanted_bytes <= (__u32)(skb->data_end - skb->data))
-		return MALFORMED; /* all of it is linear already: it is that short */
-	if (wanted_bytes > MAX_HEADER_BYTES)
-		wanted_bytes = MAX_HEADER_BYTES;
-	if (bpf_skb_pull_data(skb, wanted_bytes))
-		return UNREADABLE;
-	result = parse(skb, packet);
-	return result == NEEDS_PULL ? MALFORMED : result;
+#pragma nounroll
+	for (attempt = 0; attempt < 2; attempt++) {
+		__u32 wanted_bytes = skb->len;
+
+		result = parse(skb, packet);
+		if (result != NEEDS_PULL)
+			return result;
+		if (wanted_bytes <= (__u32)(skb->data_end - skb->data))
+			return MALFORMED; /* all of it is linear already: it is that short */
+		if (wanted_bytes > MAX_HEADER_BYTES)
+			wanted_bytes = MAX_HEADER_BYTES;
+		if (bpf_skb_pull_data(skb, wanted_bytes))
+			return UNREADABLE;
+		__builtin_memset(packet, 0, sizeof(*packet));
+	}
+	return MALFORMED;
 }

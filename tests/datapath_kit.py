@@ -103,6 +103,14 @@ def ones_complement_sum(data: bytes) -> int:
     return total
 
 
+def network_offset(frame: bytes) -> int:
+    """Where the IP header begins: behind up to two VLAN tags."""
+    offset = 14
+    while offset < 22 and frame[offset - 2 : offset] in (b"\x81\x00", b"\x88\xa8"):
+        offset += 4
+    return offset
+
+
 @dataclass(frozen=True)
 class Left:
     """A packet as it left: the frame, skb->priority (None: untouched) and the program's verdict."""
@@ -114,8 +122,9 @@ class Left:
     @property
     def traffic_class(self) -> int:
         """DSCP and ECN."""
-        version = self.frame[14] >> 4
-        return self.frame[15] if version == 4 else (self.frame[14] & 0xF) << 4 | self.frame[15] >> 4
+        ip = network_offset(self.frame)
+        version = self.frame[ip] >> 4
+        return self.frame[ip + 1] if version == 4 else (self.frame[ip] & 0xF) << 4 | self.frame[ip + 1] >> 4
 
     @property
     def dscp(self) -> int:

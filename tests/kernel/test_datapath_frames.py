@@ -4,7 +4,7 @@ import random
 import struct
 
 import pytest
-from datapath_kit import TC_ACT_UNSPEC, Left, flow_key, ones_complement_sum
+from datapath_kit import TC_ACT_UNSPEC, Left, flow_key, network_offset, ones_complement_sum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP, IPOption_Timestamp
@@ -15,6 +15,8 @@ from scapy.layers.inet6 import (
     IPv6ExtHdrFragment,
     IPv6ExtHdrHopByHop,
     IPv6ExtHdrRouting,
+    Jumbo,
+    PadN,
 )
 from scapy.layers.ipsec import AH, ESP
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
@@ -43,16 +45,28 @@ def untracked(sender) -> dict[str, int]:
     return {reason: count for reason in UNTRACKED_REASONS[1:] if (count := counters[f"untracked_{reason}"])}
 
 
+def fragments(packet: Packet, cut: int) -> tuple[bytes, bytes]:
+    """An IPv4 packet in two fragments, the first one with `cut` bytes of IP payload (a multiple of 8)."""
+    head = IP(bytes(packet[IP]))  # as built: with the protocol filled in
+    payload = bytes(head.payload)
+    head.remove_payload()
+    head.id, head.len, head.chksum = 4711, None, None
+    first, later = head.copy(), head.copy()
+    first.flags, later.frag = "MF", cut // 8
+    return bytes(ETHER / first / Raw(payload[:cut])), bytes(ETHER / later / Raw(payload[cut:]))
+
+
 def assert_only_mark_changed(before: bytes, left: Left) -> None:
     """The frame differs in DSCP and IPv4 header checksum at most, and that checksum is right if it was before."""
     after = left.frame
     assert left.verdict == TC_ACT_UNSPEC
     assert len(after) == len(before)
-    may_differ = {15: 0xFC, 24: 0xFF, 25: 0xFF} if before[14] >> 4 == 4 else {14: 0x0F, 15: 0xC0}
+    ip = network_offset(before)
+    may_differ = {ip + 1: 0xFC, ip + 10: 0xFF, ip + 11: 0xFF} if before[ip] >> 4 == 4 else {ip: 0x0F, ip + 1: 0xC0}
     for offset, (old, new) in enumerate(zip(before, after, strict=True)):
         assert (old ^ new) & ~may_differ.get(offset, 0) & 0xFF == 0, f"byte {offset}: {old:#x} -> {new:#x}"
-    if before[14] >> 4 == 4:
-        header = slice(14, 14 + (before[14] & 0xF) * 4)
+    if before[ip] >> 4 == 4:
+        header = slice(ip, ip + (before[ip] & 0xF) * 4)
         if ones_complement_sum(before[header]) == 0xFFFF:
             assert ones_complement_sum(after[header]) == 0xFFFF
 
@@ -62,21 +76,36 @@ def shortest(frame: bytes | bytearray) -> int:
     return {b"\x08\x00": 34, b"\x86\xdd": 54}.get(bytes(frame[12:14]), 14)
 
 
+def many_options(count: int) -> Packet:
+    """So many destination options headers in a row."""
+    packet = IPv6ExtHdrDestOpt()
+    for _ in range(count - 1):
+        packet /= IPv6ExtHdrDestOpt()
+    return packet
+
+
+def long_options(size_bytes: int) -> Packet:
+    """One destination options header of that size: 256 or more, a multiple of 8."""
+    return IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(250)), PadN(optdata=bytes(size_bytes - 256))])
+
+
 LEFT_ALONE = {
     "ARP": (ETHER / ARP(), "not_ip"),
     "unknown ethertype": (Ether(type=0x88CC) / Raw(bytes(60)), "not_ip"),
-    "VLAN": (ETHER / Dot1Q(vlan=5) / IP4 / TCP_ACK / DATA, "vlan"),
-    "QinQ": (ETHER / Dot1AD(vlan=5) / Dot1Q(vlan=6) / IP4 / TCP_ACK / DATA, "vlan"),
+    "three VLAN tags": (ETHER / Dot1AD(vlan=5) / Dot1Q(vlan=6) / Dot1Q(vlan=7) / IP4 / TCP_ACK / DATA, "vlan"),
+    "ARP in a VLAN": (ETHER / Dot1Q(vlan=5) / ARP(), "not_ip"),
     "ICMP": (ETHER / IP4 / ICMP() / DATA, "other_protocol"),
     "ICMPv6": (ETHER / IP6 / ICMPv6EchoRequest() / DATA, "other_protocol"),
-    "first fragment": (ETHER / IP(src="10.0.0.1", dst="10.0.0.2", flags="MF") / UDP_53 / DATA, "fragment"),
-    "later fragment": (ETHER / IP(src="10.0.0.1", dst="10.0.0.2", frag=185, proto=17) / DATA, "fragment"),
-    "IPv6 fragment": (ETHER / IP6 / IPv6ExtHdrFragment(m=1) / UDP_53 / DATA, "fragment"),
-    "hop-by-hop": (ETHER / IP6 / IPv6ExtHdrHopByHop() / TCP_ACK / DATA, "extension_header"),
-    "routing": (ETHER / IP6 / IPv6ExtHdrRouting() / TCP_ACK / DATA, "extension_header"),
-    "destination options": (ETHER / IP6 / IPv6ExtHdrDestOpt() / TCP_ACK / DATA, "extension_header"),
-    "authentication header": (ETHER / IP6 / AH(nh=6) / DATA, "extension_header"),
+    "later fragment alone": (ETHER / IP(src="10.0.0.1", dst="10.0.0.2", frag=185, proto=17) / DATA, "fragment"),
+    "later IPv6 fragment alone": (ETHER / IP6 / IPv6ExtHdrFragment(offset=9, nh=17) / DATA, "fragment"),
+    "first fragment without a whole header": (ETHER / IP(dst="10.0.0.2", flags="MF", proto=6) / Raw(b"x"), "malformed"),
+    "ICMPv6 behind hop-by-hop": (ETHER / IP6 / IPv6ExtHdrHopByHop() / ICMPv6EchoRequest(), "other_protocol"),
+    "no next header": (ETHER / IP6 / IPv6ExtHdrDestOpt(nh=59) / DATA, "other_protocol"),
     "ESP": (ETHER / IP6 / ESP() / DATA, "extension_header"),
+    "ESP behind options": (ETHER / IP6 / IPv6ExtHdrDestOpt() / ESP() / DATA, "extension_header"),
+    "seven extension headers": (ETHER / IP6 / many_options(7) / TCP_ACK / DATA, "extension_header"),
+    "extension headers of 264 bytes": (ETHER / IP6 / long_options(264) / TCP_ACK / DATA, "extension_header"),
+    "extension header beyond the frame": (ETHER / IP6 / IPv6ExtHdrDestOpt(len=31) / TCP_ACK / DATA, "malformed"),
     "IP version 5": (ETHER / IP(version=5, src="10.0.0.1", dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
     "IPv6 ethertype, version 4": (Ether(type=0x86DD) / IP4 / TCP_ACK / DATA, "malformed"),
     "IPv4 header of 16 bytes": (ETHER / IP(ihl=4, src="10.0.0.1", dst="10.0.0.2") / TCP_ACK / DATA, "malformed"),
@@ -134,6 +163,20 @@ def test_truncated_at_every_byte(sender, packet):
         "longest TCP header": ETHER / IP4 / TCP(sport=40000, dport=80, options=[("NOP", None)] * 40) / DATA,
         "don't fragment": ETHER / IP(src="10.0.0.1", dst="10.0.0.2", flags="DF") / TCP_ACK / DATA,
         "padded frame": ETHER / IP4 / TCP_ACK / DATA / Raw(b""),
+        "VLAN": ETHER / Dot1Q(vlan=5) / IP4 / TCP_ACK / DATA,
+        "QinQ": ETHER / Dot1AD(vlan=5) / Dot1Q(vlan=6) / IP4 / TCP_ACK / DATA,
+        "IPv6 in two VLANs": ETHER / Dot1AD(vlan=5) / Dot1Q(vlan=6) / IP6 / UDP_53 / DATA,
+        "IPv4 options in a VLAN": ETHER
+        / Dot1Q(vlan=5)
+        / IP(src="10.0.0.1", dst="10.0.0.2", options=[IPOption_NOP()] * 4)
+        / UDP_53
+        / DATA,
+        "hop-by-hop": ETHER / IP6 / IPv6ExtHdrHopByHop() / TCP_ACK / DATA,
+        "routing": ETHER / IP6 / IPv6ExtHdrRouting(addresses=["2001:db8::3"] * 2) / TCP_ACK / DATA,
+        "destination options": ETHER / IP6 / long_options(256) / TCP_ACK / DATA,
+        "authentication header": ETHER / IP6 / AH(nh=6, payloadlen=4, icv=bytes(12)) / TCP_ACK / DATA,
+        "six extension headers": ETHER / Dot1Q(vlan=5) / IP6 / many_options(6) / UDP_53 / DATA,
+        "atomic fragment": ETHER / IP6 / IPv6ExtHdrFragment(id=7) / UDP_53 / DATA,
         "IPv6 flow label": ETHER / IPv6(src="2001:db8::1", dst="2001:db8::2", fl=0xABCDE) / TCP_ACK / DATA,
     }.items(),
     ids=lambda item: item[0],
@@ -207,6 +250,38 @@ def test_gso_beyond_64_kb_has_no_ip_length(sender):
     assert sender.datapath.flows().states["attained_bytes"].tolist() == [2000, 2000]
 
 
+def test_ipv6_jumbo_option_of_big_tcp(sender):
+    """A GSO packet beyond 64 KB has IP length 0 and a jumbo payload option, which the NIC's driver takes out."""
+    packet = ETHER / IP6 / IPv6ExtHdrHopByHop(options=[Jumbo(jumboplen=2028)]) / TCP_ACK / Raw(bytes(2000))
+    frame = bytearray(bytes(packet))
+    struct.pack_into("!H", frame, 18, 0)
+    assert_only_mark_changed(bytes(frame), sender.run(bytes(frame), gso_size=1000, gso_segs=2))
+    assert sender.datapath.flows().states["attained_bytes"].tolist() == [2000]
+
+
+@pytest.mark.parametrize("transport", [UDP_53, TCP_ACK], ids=["udp", "tcp"])
+def test_the_first_fragment_decides_for_the_rest(sender, transport):
+    first, later = fragments(IP4 / transport / Raw(bytes(2400)), 1600)
+    left = [sender.run(frame) for frame in (first, later)]
+    assert left[0].dscp == left[1].dscp == SETTINGS.dscp[0 if transport is UDP_53 else 3]
+    for frame, out in zip((first, later), left, strict=True):
+        assert_only_mark_changed(frame, out)
+    state = sender.datapath.flows().states
+    assert (state["attained_bytes"].tolist(), state["packets"].tolist()) == ([2400], [2])
+    assert untracked(sender) == {}
+
+
+def test_ipv6_fragments(sender):
+    whole = bytes(UDP_53 / Raw(bytes(2400)))
+    first = ETHER / IP6 / IPv6ExtHdrFragment(id=9, m=1, nh=17) / Raw(whole[:1600])
+    later = ETHER / IP6 / IPv6ExtHdrFragment(id=9, offset=200, nh=17) / Raw(whole[1600:])
+    assert [sender.run(bytes(frame)).dscp for frame in (first, later)] == [SETTINGS.dscp[0]] * 2
+    assert sender.datapath.flows().states["attained_bytes"].tolist() == [2400]
+    stranger = ETHER / IP6 / IPv6ExtHdrFragment(id=10, offset=200, nh=17) / Raw(whole[1600:])
+    sender.run(bytes(stranger))
+    assert untracked(sender) == {"fragment": 1}
+
+
 def test_before_settings_packets_are_counted_and_left_alone(kernel_sender):
     frame = bytes(ETHER / IP4 / TCP(flags="S"))
     left = kernel_sender.run(frame)
@@ -219,6 +294,9 @@ MUTATED = st.tuples(
     st.sampled_from(
         [bytes(packet) for packet, _ in LEFT_ALONE.values()]
         + [bytes(ETHER / ip / l4 / DATA) for ip in (IP4, IP6) for l4 in (TCP_ACK, UDP_53)]
+        + [bytes(ETHER / Dot1Q(vlan=5) / ip / l4 / DATA) for ip in (IP4, IP6) for l4 in (TCP_ACK, UDP_53)]
+        + [bytes(ETHER / IP6 / many_options(n) / l4 / DATA) for n in (1, 3) for l4 in (TCP_ACK, UDP_53)]
+        + [*fragments(IP4 / UDP_53 / DATA, 64), bytes(ETHER / IP6 / IPv6ExtHdrFragment(m=1, id=1) / UDP_53 / DATA)]
     ),
     st.lists(st.tuples(st.integers(12, 90), st.integers(0, 255)), max_size=6),  # bytes to overwrite
     st.integers(14, 200),  # length to cut at

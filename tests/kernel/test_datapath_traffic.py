@@ -210,15 +210,18 @@ def test_ecn_of_a_socket_survives(host):
     assert marks == {32 << 2 | 2}
 
 
-def test_a_fragmented_datagram_is_left_alone_and_counted_apart(host):
-    with in_netns(host.sender):
+def test_a_fragmented_datagram_travels_on_one_level(host):
+    with captured(host.receiver) as capture, in_netns(host.sender):
         run("ip", "link", "set", "nic0", "mtu", "1300")
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         udp.setsockopt(socket.IPPROTO_IP, 10, 0)  # IP_MTU_DISCOVER, IP_PMTUDISC_DONT
+        udp.sendto(b"x" * 60_000, (ADDRESSES[4][1], 9))
         udp.sendto(b"x" * 3000, (ADDRESSES[4][1], 9))
         udp.close()
-    assert host.datapath.counters()["untracked_fragment"] == 3
-    assert len(host.datapath.flows()) == 0
+    marks = [frame[15] >> 2 for frame in capture.frames if frame[12:14] == b"\x08\x00" and frame[23] == 17]
+    assert marks == [SETTINGS.dscp[0]] * 47 + [SETTINGS.dscp[1]] * 3
+    assert host.datapath.flows().states["attained_bytes"].tolist() == [63_000]
+    assert host.datapath.counters()["untracked_fragment"] == 0
 
 
 def raw_socket(netns: str) -> socket.socket:
