@@ -138,22 +138,6 @@ def _unschedule(f: Fabric, slot: int) -> None:
 
 
 @inner
-def _schedule(f: Fabric, slot: int, due: float) -> None:
-    earlier = due < f.due[slot]
-    f.due[slot] = due
-    i = f.at[slot]
-    if i < 0:
-        i = f.counters[DUE]
-        f.counters[DUE] += 1
-        f.heap[i] = slot
-        earlier = True
-    if earlier:
-        _up(f.heap, f.at, f.due, i)
-    else:
-        _down(f.heap, f.counters[DUE], f.at, f.due, i)
-
-
-@inner
 def _sync(f: Fabric, x: Sharing, slot: int) -> None:
     sent = x.rate[slot] * (f.now[0] - f.synced[slot])
     f.remaining[slot] = max(f.remaining[slot] - sent, f.boundary[slot])
@@ -164,14 +148,37 @@ def _sync(f: Fabric, x: Sharing, slot: int) -> None:
 def _apply_rates(f: Fabric, x: Sharing) -> None:
     """Take over the rates of the flows that `sharing` changed, and when their next events are due."""
     n = update(x, f.changed, f.new_rate)
+    rate, remaining, boundary, synced = x.rate, f.remaining, f.boundary, f.synced
+    heap, at, due, now = f.heap, f.at, f.due, f.now[0]
+    scheduled = f.counters[DUE]
     for i in range(n):
         slot = f.changed[i]
-        _sync(f, x, slot)
-        x.rate[slot] = f.new_rate[i]
-        if x.rate[slot] > 0.0:
-            _schedule(f, slot, f.now[0] + (f.remaining[slot] - f.boundary[slot]) / x.rate[slot])
-        else:
-            _unschedule(f, slot)
+        left = max(remaining[slot] - rate[slot] * (now - synced[slot]), boundary[slot])
+        remaining[slot] = left
+        synced[slot] = now
+        rate[slot] = f.new_rate[i]
+        place_in_heap = at[slot]
+        if rate[slot] > 0.0:
+            before = due[slot]
+            due[slot] = now + (left - boundary[slot]) / rate[slot]
+            if place_in_heap < 0:
+                heap[scheduled] = slot
+                scheduled += 1
+                _up(heap, at, due, scheduled - 1)
+            elif due[slot] < before:
+                _up(heap, at, due, place_in_heap)
+            else:
+                _down(heap, scheduled, at, due, place_in_heap)
+        elif place_in_heap >= 0:
+            at[slot] = -1
+            scheduled -= 1
+            if place_in_heap < scheduled:
+                moved = heap[scheduled]
+                heap[place_in_heap] = moved
+                at[moved] = place_in_heap
+                _up(heap, at, due, place_in_heap)
+                _down(heap, scheduled, at, due, at[moved])
+    f.counters[DUE] = scheduled
 
 
 @inner

@@ -20,7 +20,7 @@ FORMATS = ("csv", "pias")
 KIB = 1024
 
 # PIAS's request generator sleeps for the gap it reads, then issues the request, which takes time of its own: replayed
-# with this much more per flow, single completion times of the testbed agree best in every one of its result files.
+# with this much more per flow, single completion times of each of the testbed's web-search runs agree best.
 PIAS_REQUEST_S = 300e-6
 
 
