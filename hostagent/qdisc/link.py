@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import os
+import re
 import secrets
 import socket
 import struct
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -17,6 +20,11 @@ _SIOCETHTOOL = 0x8946
 _ETHTOOL_GSET = 1
 _ETHTOOL_CMD_BYTES = 44  # struct ethtool_cmd; speed in Mbit/s is 16 bits at 12 and 16 more at 28
 _UNKNOWN_SPEED = 0xFFFF_FFFF
+
+# Names of temporary interfaces: fptry<process id><2 random digits>, all hexadecimal, the other end of a pair with a p.
+# The process id tells those of a process that was killed from those in use.
+_SCRATCH = re.compile(r"fptry([0-9a-f]{7})[0-9a-f]{2}")
+SCRATCH_PREFIX = "fptry"
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,28 @@ def find_link(ipr: IPRoute, interface: str) -> Link:
     Raises:
         UsageError: there is none.
     """
-    links = {link.get_attr("IFLA_IFNAME"): link for link in ipr.get_links()}
-    if interface not in links:
-        raise UsageError(f"there is no network interface '{interface}'; there are: {', '.join(links) or 'none'}")
-    link = links[interface]
+    link = link_named(ipr, interface)
     return Link(link["index"], interface, link.get_attr("IFLA_NUM_TX_QUEUES") or 1)
+
+
+def link_named(ipr: IPRoute, interface: str) -> Any:
+    """The link message of that name: one question to the kernel, however many interfaces there are.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = []
+    try:
+        found = ipr.link("get", ifname=interface)
+    except NetlinkError as error:
+        if error.code not in (errno.ENODEV, errno.ERANGE, errno.EINVAL):  # none, too long a name, an empty one
+            raise
+    # The kernel also finds alternative names; what is scheduled is known by its own.
+    if found and found[0].get_attr("IFLA_IFNAME") == interface:
+        return found[0]
+    names = sorted(link.get_attr("IFLA_IFNAME") for link in ipr.get_links())
+    shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+    raise UsageError(f"interface '{interface}' does not exist; there are: {shown or 'none'}")
 
 
 def link_rate_bps(link: Link) -> int | None:
@@ -66,10 +91,11 @@ def add_scratch_link(ipr: IPRoute, transmit_queues: int = 1) -> Link | None:
     Raises:
         NetlinkError: not permitted.
     """
-    name = f"fptry{secrets.token_hex(4)}"
+    name = f"{SCRATCH_PREFIX}{os.getpid():07x}{secrets.token_hex(1)}"
     for kind in ("dummy", "veth", "ifb"):
+        other_end = {"peer": {"ifname": f"{name}p"}} if kind == "veth" else {}
         try:
-            ipr.link("add", ifname=name, kind=kind, num_tx_queues=transmit_queues)
+            ipr.link("add", ifname=name, kind=kind, num_tx_queues=transmit_queues, **other_end)
         except NetlinkError as error:
             if error.code == errno.EPERM:
                 raise
@@ -81,3 +107,29 @@ def add_scratch_link(ipr: IPRoute, transmit_queues: int = 1) -> Link | None:
 def remove_link(ipr: IPRoute, link: Link) -> None:
     """Remove a temporary interface."""
     ipr.link("del", index=link.index)
+
+
+def remove_abandoned_links(ipr: IPRoute) -> list[str]:
+    """Remove the temporary interfaces of processes that were killed; returns their names."""
+    removed = []
+    for index, name in [(link["index"], link.get_attr("IFLA_IFNAME")) for link in ipr.get_links()]:
+        made = _SCRATCH.fullmatch(name)
+        if made is None or _is_alive(int(made[1], 16)):
+            continue
+        try:
+            ipr.link("del", index=index)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise
+        removed.append(name)
+    return removed
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -5,6 +5,7 @@ rebuilt is not guessed: it is rebuilt on a temporary interface, read back and co
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,21 +30,36 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ifindex: int
     plan: QueuePlan
     original: tuple[TcObject, ...]  # empty: the kernel's default was there
+    changing: bool = False  # the queues are being built or put back; found so, whoever did that was killed
 
 
-def record_path(run_dir: Path, interface: str) -> Path:
-    """Where the record of an interface is."""
-    return run_dir / f"qdisc-{interface}.json"
+def record_path(run_dir: Path, link: Link) -> Path:
+    """Where the record of an interface is: known by its index, as names change; the name is for people."""
+    return next(_paths(run_dir, link.index), run_dir / f"qdisc-{link.name}-{link.index}.json")
 
 
-def save_record(run_dir: Path, link: Link, plan: QueuePlan, original: tuple[TcObject, ...]) -> None:
+def recorded(run_dir: Path) -> list[int]:
+    """Indices of the interfaces there are records of."""
+    return sorted({int(path.stem.rpartition("-")[2]) for path in _paths(run_dir)})
+
+
+def _paths(run_dir: Path, index: int | None = None) -> Iterator[Path]:
+    wanted = "" if index is None else str(index)
+    for path in run_dir.glob(f"qdisc-*-{wanted or '*'}.json"):
+        if path.stem.rpartition("-")[2].isdecimal():
+            yield path
+
+
+def save_record(
+    run_dir: Path, link: Link, plan: QueuePlan, original: tuple[TcObject, ...], *, changing: bool = False
+) -> None:
     """Write the record, whole or not at all, and onto the disk before anything changes.
 
     Raises:
         FabricpilotError: the run directory cannot be written.
     """
-    record = Record(_VERSION, _BOOT_ID.read_text().strip(), link.index, plan, original)
-    path = record_path(run_dir, link.name)
+    record = Record(_VERSION, _BOOT_ID.read_text().strip(), link.index, plan, original, changing)
+    path = record_path(run_dir, link)
     draft = path.with_suffix(".new")
     try:
         run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -62,10 +78,10 @@ def load_record(run_dir: Path, link: Link) -> Record | None:
     Raises:
         FabricpilotError: there is one and it cannot be read.
     """
-    path = record_path(run_dir, link.name)
+    path = record_path(run_dir, link)
     try:
         record = msgspec.json.decode(path.read_bytes(), type=Record)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter is told when something has to be written
         return None
     except (OSError, msgspec.DecodeError) as error:
         raise FabricpilotError(
@@ -77,9 +93,12 @@ def load_record(run_dir: Path, link: Link) -> Record | None:
     return record
 
 
-def drop_record(run_dir: Path, interface: str) -> None:
-    """Forget the record, if there is one."""
-    record_path(run_dir, interface).unlink(missing_ok=True)
+def drop_record(run_dir: Path, index: int) -> None:
+    """Forget the record of the interface with that index, if there is one, and a draft of it."""
+    for path in list(_paths(run_dir, index)):
+        path.unlink(missing_ok=True)
+    for path in list(run_dir.glob(f"qdisc-*-{index}.new")):
+        path.unlink(missing_ok=True)
 
 
 def rehearse(ipr: IPRoute, link: Link, original: tuple[TcObject, ...]) -> None:

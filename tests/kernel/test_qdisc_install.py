@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,13 @@ from pyroute2 import IPRoute
 
 from fabricpilot.config import QueuesSection
 from fabricpilot.errors import FabricpilotError, KernelError, UsageError
-from hostagent.qdisc import install, installed, plan_queues, restore, restore_preview, supported_kinds
+from hostagent.qdisc import install, installed, plan_queues, restore, restore_preview, snapshot, supported_kinds
+from hostagent.qdisc.link import add_scratch_link, remove_abandoned_links, remove_link
 from hostagent.qdisc.objects import TcObject, same_tree
 from hostagent.qdisc.plan import KERNEL_OPTION
 from hostagent.qdisc.rtnetlink import read_objects
-from hostagent.qdisc.snapshot import record_path
+
+install_module = sys.modules[install.__module__]
 
 KINDS = ["prio", "htb", "pfifo_fast"]
 RATE = "100Mbit"
@@ -52,6 +55,10 @@ class Host:
 
     def restore(self):
         return restore("nic", self.ipr, self.run_dir)
+
+    def records(self):
+        """What an agent has written down about interfaces."""
+        return list(self.run_dir.glob("qdisc-*"))
 
     def links(self):
         return sorted(link.get_attr("IFLA_IFNAME") for link in self.ipr.get_links())
@@ -98,7 +105,7 @@ def test_install_and_restore(host, kind, levels):
     assert restore_preview("nic", host.ipr, host.run_dir) == ("tc qdisc del dev nic root",)
     assert host.restore()
     assert host.state() == before
-    assert not record_path(host.run_dir, "nic").exists()
+    assert not host.records()
     assert not host.restore()
     assert host.installed() is None
 
@@ -148,7 +155,7 @@ def test_none_leaves_everything_alone(host):
 
 
 def test_unknown_interface(host):
-    with pytest.raises(UsageError, match=r"no network interface 'eth9'; there are: .*nic"):
+    with pytest.raises(UsageError, match=r"interface 'eth9' does not exist; there are: .*nic"):
         plan_queues("eth9", QueuesSection(), 4, host.ipr)
     plan = host.plan()
     with pytest.raises(UsageError, match="eth9"):
@@ -181,7 +188,7 @@ def test_a_tree_without_a_record_is_adopted_too(host):
     plan = host.plan()
     before = host.state()
     host.install(plan)
-    record_path(host.run_dir, "nic").unlink()
+    host.records()[0].unlink()
     assert host.installed() is None
     host.install(plan)
     assert host.installed() == plan
@@ -256,7 +263,7 @@ def test_what_could_not_come_back_is_not_touched(host):
     with pytest.raises(UsageError, match="cannot be put back exactly"):
         host.install(plan)
     assert host.links() == ["lo", "nic", "peer"]
-    assert not record_path(host.run_dir, "nic").exists()
+    assert not host.records()
     assert host.state()[:2] == before[:2]
     assert "Redirect to device peer" in host.tc("filter show dev nic parent 1:")
 
@@ -291,7 +298,7 @@ def test_a_failing_build_puts_back_what_was_there(host):
     with pytest.raises(KernelError, match="the kernel refused"):
         host.install(replace(good, objects=(*good.objects, orphan)))
     assert host.state() == before
-    assert not record_path(host.run_dir, "nic").exists()
+    assert not host.records()
 
 
 def test_an_interface_made_anew_owes_nothing_to_the_old_one(host):
@@ -305,9 +312,102 @@ def test_an_interface_made_anew_owes_nothing_to_the_old_one(host):
     assert "bfifo" not in host.tc("qdisc show dev nic")
 
 
+def test_a_record_belongs_to_the_interface_whatever_its_name(host):
+    """Two NICs swap their names, as they do when udev has its say: each gets back what was its own."""
+    for name, limit in (("nic", 110592), ("peer", 222208)):
+        host.tc(f"qdisc replace dev {name} root handle 7: bfifo limit {limit}")
+        install(host.plan(replace_foreign=True), name, host.ipr, host.run_dir)
+    index = {name: host.ipr.link_lookup(ifname=name)[0] for name in ("nic", "peer")}
+    for before, after in (("nic", "third"), ("peer", "nic"), ("third", "peer")):
+        host.ipr.link("set", index=host.ipr.link_lookup(ifname=before)[0], state="down")
+        host.ipr.link("set", index=host.ipr.link_lookup(ifname=before)[0], ifname=after)
+    assert host.ipr.link_lookup(ifname="nic") == [index["peer"]]
+    for name in ("nic", "peer"):
+        assert restore(name, host.ipr, host.run_dir)
+    assert "limit 217Kb" in host.tc("qdisc show dev nic")
+    assert "limit 108Kb" in host.tc("qdisc show dev peer")
+    assert not host.records()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("what", ["another plan", "put back"])
+def test_killed_between_two_objects_loses_nothing_of_the_original(host, monkeypatch, what):
+    for command in FOREIGN["classes"]:
+        host.tc(command)
+    before = host.state()
+    host.install(host.plan(replace_foreign=True))
+
+    def act():
+        if what == "put back":
+            host.restore()
+        else:
+            host.install(host.plan(levels=6, replace_foreign=True))
+
+    for step in range(1, 100):
+        left = step
+
+        def count(*_):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            for module, name in (
+                (install_module, "delete_root"),
+                (install_module, "create"),
+                (snapshot, "create"),
+                (install_module, "drop_record"),
+            ):
+                original = getattr(module, name)
+                patch.setattr(module, name, lambda *given, _do=original: (count(), _do(*given))[1])
+            try:
+                act()
+            except Killed:
+                pass
+            else:
+                break
+        host.restore()
+        assert host.state() == before, f"step {step}"
+        assert not host.records()
+        host.install(host.plan(replace_foreign=True))
+    assert step > 5
+    host.restore()
+    assert host.state() == before
+
+
+def test_a_half_restored_qdisc_that_somebody_replaced_stays_replaced(host, monkeypatch):
+    host.tc(*FOREIGN["one queue"])
+    host.install(host.plan(replace_foreign=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(install_module, "replay", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            host.restore()
+    host.tc("qdisc replace dev nic root handle 9: bfifo limit 999999")
+    theirs = host.state()
+    assert not host.restore()
+    assert host.state() == theirs
+    assert not host.records()
+
+
+def test_temporary_interfaces_of_a_killed_process_are_removed_others_are_not(host):
+    mine = add_scratch_link(host.ipr)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host.ipr.link("add", ifname=f"fptry{dead.pid:07x}ab", kind="veth", peer=f"fptry{dead.pid:07x}abp")
+    host.ipr.link("add", ifname="fptrying", kind="veth", peer="peer2")
+    assert remove_abandoned_links(host.ipr) == [f"fptry{dead.pid:07x}ab"]
+    assert set(host.links()) >= {mine.name, "fptrying", "nic", "lo"}
+    assert not any(f"{dead.pid:07x}" in name for name in host.links())
+    remove_link(host.ipr, mine)
+
+
 def test_an_unreadable_record_says_what_to_do(host):
     host.install(host.plan())
-    record_path(host.run_dir, "nic").write_text("{")
+    host.records()[0].write_text("{")
     with pytest.raises(FabricpilotError, match="put that right by hand"):
         host.installed()
 
