@@ -25,8 +25,11 @@ struct counters {
 	__u64 bytes[MAX_LEVELS];             /* their payload */
 	__u64 untracked[UNTRACKED_REASONS];  /* packets, by enum untracked_reason */
 	__u64 foreign_dscp;                  /* packets that kept an application's own DSCP; accounted, not tagged */
-	__u64 observed;                      /* packets accounted and levelled, but left alone: observe mode */
+	__u64 observed;                      /* packets accounted and levelled, but left alone: observe mode, or a rule */
 	__u64 untagged;                      /* packets accounted before the first settings arrived */
+	__u64 excluded;                      /* packets that a rule said to leave alone */
+	__u64 routed;                        /* packets sent another way than the kernel's */
+	__u64 route_unusable;                /* packets that took the kernel's way because theirs led nowhere */
 	__u64 flows_inserted;
 	__u64 flows_midlife;                 /* of those: TCP flows whose start was not seen */
 	__u64 flows_restarted;               /* entries started afresh by a SYN (port reuse) ... */

@@ -6,9 +6,12 @@
  *   1. parse    Ethernet, VLAN, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone
  *                                                                                  (parse.h, fragment.h, counters.h)
  *   2. account  find or insert the flow, add the payload, compare with the thresholds         (flow.h, level.h)
- *   3. mark     DSCP for the fabric, skb->priority for the NIC's own queues                   (mark.h)
+ *   3. steer    the operator's rules and central's verdict come before the thresholds         (rules.h, verdict.h)
+ *   4. mark     DSCP for the fabric, skb->priority for the NIC's own queues                   (mark.h)
+ *   5. route    where a rule or a verdict wants another way than the kernel's                 (route.h)
  *
- * It always returns TC_ACT_UNSPEC, so other programs on the NIC still run, and no path of it drops a packet.
+ * It returns TC_ACT_UNSPEC, so other programs on the NIC still run, except for a packet that it sends out of another
+ * interface. No path of it drops a packet.
  * UAPI headers and __sk_buff only: it runs on any kernel from 5.15 on without kernel headers or BTF.
  * FLOW_ENTRIES, the size of the flow table, is defined by the loader (hostagent/datapath/source.py).
  */
@@ -26,20 +29,30 @@
 #include "fragment.h"
 #include "level.h"
 #include "flow.h"
+#include "rules.h"
+#include "verdict.h"
 #include "mark.h"
+#include "route.h"
 
 int fabricpilot_egress(struct __sk_buff *skb)
 {
 	__u32 zero = 0, segments = skb->gso_segs ? skb->gso_segs : 1;
 	struct counters *count = counters.lookup(&zero);
 	struct settings *settings = settings_in_force();
+	struct steering *steering_now = steering.lookup(&zero);
+	struct flow_state *flow = 0;
 	struct packet packet = {};
+	struct steered steered;
 	struct fragment_value *first = 0;
 	int reason;
 	__u8 level;
 
-	if (!count || !settings)
+	if (!count || !settings || !steering_now)
 		return TC_ACT_UNSPEC; /* cannot be: array maps always have their entries */
+	if (skb->tc_index == ROUTED) {
+		skb->tc_index = 0; /* we sent it here from another NIC: accounted and marked */
+		return TC_ACT_UNSPEC;
+	}
 	reason = parse_anywhere(skb, &packet);
 	if (reason == PARSED && packet.fragment == LATER_FRAGMENT) {
 		first = find_first_fragment(&packet);
@@ -52,11 +65,19 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	}
 	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
 		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
-	level = account(&packet, segments, settings, count);
+	level = account(&packet, segments, settings, count, &flow);
+	steered = steer(skb, &packet, flow, level, settings, steering_now);
+	level = steered.level;
 	if (packet.fragment == FIRST_FRAGMENT)
 		remember_first_fragment(&packet, level);
 	else if (first)
 		level = first->level; /* one datagram, one level: its fragments keep their order */
-	mark(skb, &packet, segments, level, settings, count);
-	return TC_ACT_UNSPEC;
+	if (steered.treatment == TREAT_EXCLUDE) {
+		count->excluded += segments;
+		return TC_ACT_UNSPEC;
+	}
+	mark(skb, &packet, segments, level, steered.treatment == TREAT_OBSERVE, settings, count);
+	if (!flow || settings->observe || steered.treatment)
+		return TC_ACT_UNSPEC;
+	return take_route(skb, &packet, flow, steered.route, segments, steering_now, count);
 }

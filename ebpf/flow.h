@@ -23,7 +23,11 @@ struct flow_state {
 	__u64 last_seen_ns;
 	__u8 level; /* of the latest packet with payload */
 	__u8 flags;
-	__u8 pad[6];
+	__u8 route;       /* in use; 0: the kernel's choice */
+	__u8 pad;
+	__u32 routed_ms;  /* latest packet of a flow that has, or shall have, a route; CLOCK_MONOTONIC, wraps */
+	__u64 rules;      /* union kept_outcome */
+	__u64 verdict;    /* union verdict */
 };
 
 /* Key: 5-tuple. Value: what its flow has sent so far. The least recently used entry makes room for a new one. */
@@ -79,9 +83,10 @@ static __always_inline void see_flow(const struct packet *packet, struct flow_st
 		flow->last_seen_ns = now_ns;
 }
 
-/* Accounts a packet of `segments` segments to its flow; returns the level it travels on. */
+/* Accounts a packet of `segments` segments to its flow, left in `entry` (nothing: it has none); returns the level that
+ * the packet has earned. */
 static __always_inline __u8 account(const struct packet *packet, __u32 segments, const struct settings *settings,
-				    struct counters *counters)
+				    struct counters *counters, struct flow_state **entry)
 {
 	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
 	__u64 attained_bytes;
@@ -102,6 +107,7 @@ static __always_inline __u8 account(const struct packet *packet, __u32 segments,
 			return 0;
 		}
 	}
+	*entry = flow;
 	see_flow(packet, flow);
 	__sync_fetch_and_add(&flow->packets, segments);
 	if (!packet->payload_bytes)

@@ -51,7 +51,7 @@ static __always_inline long write_dscp_ipv6(struct __sk_buff *skb, __u32 offset,
 
 /* Gives the packet its level, unless it carries a DSCP that is to be respected. Packet pointers are stale after it. */
 static __always_inline void mark(struct __sk_buff *skb, const struct packet *packet, __u32 segments, __u8 level,
-				 const struct settings *settings, struct counters *counters)
+				 int observe, const struct settings *settings, struct counters *counters)
 {
 	__u8 dscp = settings->dscp[level & (MAX_LEVELS - 1)];
 	__u32 priority = settings->priority[level & (MAX_LEVELS - 1)];
@@ -67,7 +67,7 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 	}
 	counters->packets[level & (MAX_LEVELS - 1)] += segments;
 	counters->bytes[level & (MAX_LEVELS - 1)] += packet->payload_bytes;
-	if (settings->observe) {
+	if (settings->observe || observe) {
 		counters->observed += segments;
 		return;
 	}

@@ -95,8 +95,8 @@ def default_dscp(levels: int) -> tuple[int, ...]:
     return tuple(8 * (min(levels, 7) - level) for level in range(levels))
 
 
-# What IEEE 802.1Q recommends for a port with K traffic classes (table "Recommended priority to traffic class mappings"),
-# turned round: for each class from the top, the lowest 802.1p priority that a switch maps to it. Priority 1 (background)
+# What IEEE 802.1Q recommends for a port with K traffic classes ("Recommended priority to traffic class mappings"),
+# turned round: for each class from the top, the lowest 802.1p priority a switch maps to it. Priority 1 (background)
 # ranks below 0 (best effort). Levels marked so get a queue each on any switch that keeps to the table.
 _PCP_BY_LEVEL = {
     2: (4, 1),
@@ -110,7 +110,7 @@ _PCP_BY_LEVEL = {
 
 
 def preset_dscp(preset: DscpPreset, levels: int) -> tuple[int, ...]:
-    """The code points of a preset, one per level, all of them class selectors (a switch reads 802.1p from their top bits).
+    """The code points of a preset, one per level: class selectors, from whose upper bits a switch reads 802.1p.
 
     Args:
         preset: "class-selectors" (`default_dscp`), for switches whose queues follow the class selector; "802.1p", for

@@ -7,24 +7,28 @@ peer sends can raise. Every list has a bound, so a report's size is bounded what
 Times on the wire are durations or Unix nanoseconds; addresses are text; sizes are bytes.
 """
 
+import ipaddress
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from fabricpilot.errors import UsageError
 from fabricpilot.histogram import BINS
-from fabricpilot.levels import Thresholds
+from fabricpilot.levels import MAX_LEVELS, Thresholds
 
 PROTOCOL_VERSION = 1
 
 # AuTO reports 100 finished flows of 7 fields a step; enough to see a sample, small enough for 12 kbit/s.
 MAX_FINISHED_SAMPLE = 100
 MAX_LONG_FLOWS = 256  # the longest ones; how many there were in all is told beside
+MAX_VERDICTS = 512  # in one message
+MAX_ROUTE = 31
 MAX_MESSAGE_BYTES = 64 * 1024
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Bin = Annotated[int, msgspec.Meta(ge=0, lt=BINS)]
 Histogram = Annotated[dict[Bin, Count], msgspec.Meta(max_length=BINS)]
 ThresholdBytes = Annotated[list[Count], msgspec.Meta(max_length=7)]
@@ -94,6 +98,29 @@ class Policy(Message, frozen=True, kw_only=True, tag="policy"):
             raise ValueError(str(error)) from error  # msgspec turns it into a ValidationError: malformed
 
 
+class FlowVerdict(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What central wants of one flow. It comes before the thresholds, and behind an operator's rule."""
+
+    source: Text  # IP address
+    destination: Text
+    source_port: Port
+    destination_port: Port
+    protocol: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    level: Annotated[int, msgspec.Meta(ge=-1, lt=MAX_LEVELS)]  # -1: by the thresholds
+    route: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUTE)]  # one of the host's; 0: the kernel's choice
+    ttl_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)]  # how long it holds; 0: it ends now
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_address(self.source)  # a ValueError makes the message malformed
+        ipaddress.ip_address(self.destination)
+
+
+class Verdicts(Message, frozen=True, kw_only=True, tag="verdicts"):
+    """Central to host: levels and routes of single flows. Idempotent; each replaces the one before for its flow."""
+
+    verdicts: Annotated[list[FlowVerdict], msgspec.Meta(max_length=MAX_VERDICTS)]
+
+
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """Central to host: why its messages are not accepted (for example an identity that is not its key's)."""
 
@@ -111,7 +138,7 @@ class Ack(Message, frozen=True, kw_only=True, tag="ack"):
 
 
 FromHost = Hello | Report
-FromCentral = Policy | Refused | Identify | Ack
+FromCentral = Policy | Verdicts | Refused | Identify | Ack
 
 _MessageT = TypeVar("_MessageT")
 _encoder = msgspec.msgpack.Encoder()

@@ -36,7 +36,11 @@ FLOW_STATE_DTYPE = np.dtype(
         ("last_seen_ns", "<u8"),
         ("level", "u1"),
         ("flags", "u1"),
-        ("pad", "u1", 6),
+        ("route", "u1"),  # in use; 0: the kernel's choice
+        ("pad", "u1"),
+        ("routed_ms", "<u4"),
+        ("rules", "<u8"),  # KEPT_OUTCOME_DTYPE in rules.py: what the operator's rules say
+        ("verdict", "<u8"),  # VERDICT_DTYPE in verdicts.py: what central says
     ]
 )
 

@@ -22,6 +22,7 @@ _MAP_CREATE: Final = 0
 _MAP_LOOKUP_ELEM: Final = 1
 _MAP_UPDATE_ELEM: Final = 2
 _MAP_DELETE_ELEM: Final = 3
+_MAP_GET_NEXT_KEY: Final = 4
 _PROG_LOAD: Final = 5
 _OBJ_PIN: Final = 6
 _OBJ_GET: Final = 7
@@ -243,6 +244,19 @@ def delete(fd: int, key: npt.NDArray[np.generic]) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def keys(fd: int, dtype: np.dtype[np.void]) -> Iterator[Array]:
+    """Each key of a map that knows no batches (a trie), shape (1,). Do not change the map meanwhile."""
+    key: Array | None = None
+    while True:
+        following = np.zeros(1, dtype)
+        try:
+            _bpf(_MAP_GET_NEXT_KEY, _Element(fd, 0 if key is None else _address(key), _address(following), 0))
+        except FileNotFoundError:
+            return
+        key = following
+        yield following
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

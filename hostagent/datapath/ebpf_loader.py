@@ -25,7 +25,17 @@ from fabricpilot.errors import KernelError
 from hostagent.datapath.source import PROGRAM, STUB_KERNEL_DIR, program_source
 
 PROGRAM_PIN: Final = "egress"
-MAPS: Final = ("flows", "slots", "active", "counters")
+MAPS: Final = (
+    "flows",
+    "slots",
+    "active",
+    "counters",
+    "steering",
+    "prefixes",
+    "rule_sets",
+    "verdicts",
+    "routes",
+)
 
 _TIMEOUT_S: Final = 60.0
 _DEBIAN_PACKAGES: Final = "/usr/lib/python3/dist-packages"

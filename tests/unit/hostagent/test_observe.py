@@ -20,7 +20,9 @@ def table(*flows):
     keys["protocol"] = 6
     for row, (attained, silent_s, flags) in enumerate(flows):
         last = NOW - int(silent_s * SECOND)
-        states[row] = (attained, 1, last - 5_000_000, last, 0, flags, np.zeros(6))
+        fields = ("attained_bytes", "packets", "first_seen_ns", "last_seen_ns", "flags")
+        for field, value in zip(fields, (attained, 1, last - 5_000_000, last, flags), strict=True):
+            states[row][field] = value
     return FlowTable(keys, states, NOW)
 
 
