@@ -184,7 +184,7 @@ def test_capture_sees_every_packet_of_a_flow(run: Run, tmp_path: Path) -> None:
     for packet in packets:
         payload[packet.flow.source] += packet.payload_bytes  # a packet of the receiver would be a KeyError
         assert packet.payload_bytes <= 1448  # one packet is one wire packet
-    assert list(payload.values()) == sizes.tolist()  # nothing was lost, so nothing was sent twice
+    assert all(sent >= size for sent, size in zip(payload.values(), sizes, strict=True))  # more where it was sent twice
     # Nobody tags here, so all packets carry DSCP 0: the oracle must call every one of them wrong.
     history = {host.address: [InForce(0, 0, Thresholds((20_000, 40_000, 60_000)))] for host in star.sender_hosts}
     verdict = check(packets, history, (32, 24, 16, 8))
