@@ -1,11 +1,11 @@
 """Fixtures for tests on the real kernel: network namespaces with unique names that always go away."""
 
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from pyroute2 import netns
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,10 +23,15 @@ def make_netns() -> Iterator[Callable[[str], str]]:
 
     def make(role: str = "a") -> str:
         name = f"fptest-{role}-{uuid.uuid4().hex[:8]}"
-        netns.create(name)
+        _ip_netns("add", name)
         made.append(name)
         return name
 
     yield make
     for name in made:
-        netns.remove(name)
+        _ip_netns("delete", name)
+
+
+def _ip_netns(action: str, name: str) -> None:
+    # Not pyroute2's netns.create: it forks, and a fork beside other threads (ZeroMQ's) can hang.
+    subprocess.run(["ip", "netns", action, name], check=True, timeout=30)
