@@ -56,7 +56,7 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
 def _continuations(policy: Policy, plans: list[tuple[Walk, float]]) -> list[tuple[float, int, int, int, float]]:
     """(merit, plan, VM, place, log-probability so far) of what may follow."""
     mnl = max(1, plans[0][0].budget.limits.mnl)
-    observers = [Observer(walk.state, walk.valuation) for walk, _ in plans]
+    observers = [Observer(walk.state, walk.valuation, walk.tables) for walk, _ in plans]
     seen = [observer.observe(walk.budget.moves / mnl) for observer, (walk, _) in zip(observers, plans, strict=True)]
     batch = batch_of(seen)
     found = []

@@ -75,7 +75,7 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
     if result.flow is None or not result.flow.arriving:
         return []
     leaving, arriving = dict(result.flow.leaving), dict(result.flow.arriving)
-    observer = Observer(walk.state, walk.valuation)
+    observer = Observer(walk.state, walk.valuation, walk.tables)
     found = []
     while arriving:
         seen = observer.observe(walk.budget.moves / problem.limits.mnl)

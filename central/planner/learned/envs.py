@@ -99,7 +99,7 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         super().reset(seed=seed)
         mapping = generate(self.shape, int(self.np_random.integers(2**31)))
         self.walk = Walk(Problem(mapping, self.goal, Limits(self.mnl)))
-        self.observer = Observer(self.walk.state, self.walk.valuation)
+        self.observer = Observer(self.walk.state, self.walk.valuation, self.walk.tables)
         self.steps = 0
         self.seen = self.observer.observe(0.0)
         return self._observation(), self._info(False)

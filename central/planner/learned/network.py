@@ -28,7 +28,7 @@ class Batch:
 
     vm: Tensor  # (B, V, VM_FEATURES)
     pm: Tensor  # (B, M, PM_FEATURES)
-    host: Tensor  # (B, V) PM of each VM
+    host: Tensor  # (B, V) PM of each VM, -1 where there is none or no VM
     vm_mask: Tensor  # (B, V)
     pm_mask: Tensor  # (B, M) False where padded
     used: Tensor  # (B,)
@@ -40,7 +40,7 @@ def batch_of(observations: Sequence[Observation]) -> Batch:
     vms, pms = max(len(one.vm) for one in observations), max(len(one.pm) for one in observations)
     vm = np.zeros((count, vms, VM_FEATURES), dtype=np.float32)
     pm = np.zeros((count, pms, PM_FEATURES), dtype=np.float32)
-    host = np.zeros((count, vms), dtype=np.int64)
+    host = np.full((count, vms), -1, dtype=np.int64)
     vm_mask, pm_mask = np.zeros((count, vms), dtype=np.bool_), np.zeros((count, pms), dtype=np.bool_)
     for row, one in enumerate(observations):
         v, m = len(one.vm), len(one.pm)
@@ -138,22 +138,24 @@ class Policy(nn.Module):
         """All trees of a batch -> VM tokens (B, V, d), PM tokens (B, M, d)."""
         count, vms = batch.host.shape
         pms = batch.pm.shape[1]
-        tree = (batch.host + pms * torch.arange(count)[:, None]).reshape(-1)
+        placed = (batch.host >= 0).reshape(-1).nonzero()[:, 0]
+        tree = (batch.host + pms * torch.arange(count)[:, None]).reshape(-1)[placed]
         order = torch.argsort(tree, stable=True)
         sizes = torch.bincount(tree, minlength=count * pms)
         rank = torch.arange(len(tree)) - (torch.cumsum(sizes, 0) - sizes)[tree[order]]
-        leaves = int(sizes.max())
+        leaves = max(1, int(sizes.max()))
         slot = torch.empty_like(order)
         slot[order] = tree[order] * leaves + rank
         padded = batch.vm.new_zeros(count * pms * leaves, LOCAL_FEATURES)
-        padded[slot] = batch.vm.reshape(count * vms, -1)[:, :LOCAL_FEATURES]
+        padded[slot] = batch.vm.reshape(count * vms, -1)[placed, :LOCAL_FEATURES]
         mask = torch.zeros(count * pms * leaves, dtype=torch.bool)
         mask[slot] = True
         tokens, hosts = self.encode(
             padded.view(-1, leaves, LOCAL_FEATURES), batch.pm.view(count * pms, -1), mask.view(-1, leaves)
         )
         width = tokens.shape[-1]
-        return tokens.reshape(-1, width)[slot].view(count, vms, width), hosts.view(count, pms, width)
+        of_vm = tokens.new_zeros(count * vms, width).index_copy(0, placed, tokens.reshape(-1, width)[slot])
+        return of_vm.view(count, vms, width), hosts.view(count, pms, width)
 
     def score(self, batch: Batch, vm_tokens: Tensor, pm_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masked VM scores (B, V), PM tokens after the rounds across the cluster (B, M, d), values (B,)."""
@@ -161,7 +163,11 @@ class Policy(nn.Module):
         summary = pms[:, :1]
         for block in self.across:
             pms, summary = block(pms, batch.pm_mask)
-        mixed = self.score_token(vm_tokens) + rows(self.score_host(pms), batch.host) + self.score_features(batch.vm)
+        mixed = (
+            self.score_token(vm_tokens)
+            + rows(self.score_host(pms), batch.host.clamp(min=0))
+            + self.score_features(batch.vm)
+        )
         scores = self.score_out(functional.gelu(mixed))[..., 0].masked_fill(~batch.vm_mask, MASKED)
         return scores, pms, self.value_out(summary.mean(dim=1))[..., 0]
 

@@ -10,14 +10,13 @@ lets the network, too, encode only the PMs that changed.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from central.planner.model.cluster import Bools, Ints
-from central.planner.model.state import Floats, State, Valuation
-from central.planner.solvers.gains import rows_value
+from central.planner.model.state import State, Valuation
+from central.planner.solvers.tables import GainTables
 
 Singles = npt.NDArray[np.float32]
 
@@ -35,7 +34,7 @@ class Observation:
     Attributes:
         vm: (V, VM_FEATURES), the local ones first.
         pm: (M, PM_FEATURES).
-        host: (V,) PM of each VM, 0 for one that is on no ACTIVE PM (it is masked).
+        host: (V,) PM of each VM, -1 for one that is on no ACTIVE PM: it is in no tree, and masked.
         vm_mask: (V,) VMs that may be chosen: movable, and some other place has room.
         used: share of MNL used up.
     """
@@ -48,32 +47,21 @@ class Observation:
 
 
 class Observer:
-    """The tables of one walk; `moved` after every move keeps them true.
+    """The features of one walk; `moved` after every move keeps them true."""
 
-    leave, arrive, gather_out, gather_in, fits are (G, P): per group and place, where the place is of the group's kind.
-    """
-
-    def __init__(self, state: State, valuation: Valuation) -> None:
+    def __init__(self, state: State, valuation: Valuation, tables: GainTables | None = None) -> None:
         cluster = state.cluster
         self.state, self.cluster, self.valuation = state, cluster, valuation
-        self.slot_cores = max(1, valuation.terms[0].cores or 16)
-        shape = (cluster.groups, len(cluster.place_pm))
-        self.kind_fits: Bools = np.zeros(shape, dtype=np.bool_)
-        for group, places in enumerate(cluster.group_places):
-            self.kind_fits[group, places.start : places.stop] = True
-        self.leave, self.arrive = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-        self.gather_out, self.gather_in = np.zeros_like(self.leave), np.zeros_like(self.leave)
-        self.fits: Bools = np.zeros(shape, dtype=np.bool_)
+        self.tables = tables or GainTables(state, valuation)
+        self.slot_cores = self.tables.slot_cores
+        self.own = tables is None  # tables of a walk are brought up to date by the walk
         self.vm: Singles = np.zeros((len(cluster.vm_group), VM_FEATURES), dtype=np.float32)
         self.pm: Singles = np.zeros((len(cluster.mapping.pms), PM_FEATURES), dtype=np.float32)
         self.members: list[list[int]] = [[] for _ in cluster.mapping.pms]
-        self.host: Ints = cluster.place_pm[np.maximum(state.vm_place, 0)].copy()
+        self.host: Ints = np.where(state.vm_place >= 0, cluster.place_pm[np.maximum(state.vm_place, 0)], -1)
         for vm in np.flatnonzero(state.vm_place >= 0).tolist():
             self.members[int(self.host[vm])].append(vm)
-        order = np.argsort(cluster.place_pm, kind="stable")
-        bounds = np.searchsorted(cluster.place_pm[order], np.arange(len(cluster.mapping.pms) + 1))
-        self.places_of = [order[a:b] for a, b in pairwise(bounds)]
-        self._refresh(np.arange(len(cluster.place_pm)), range(len(cluster.mapping.pms)))
+        self._refresh(range(len(cluster.mapping.pms)))
 
     def moved(self, vm: int, source_pm: int, target_pm: int) -> None:
         """Note that `vm` has gone from one PM to another (or within one): the state already shows it."""
@@ -81,63 +69,28 @@ class Observer:
         self.members[target_pm].append(vm)
         self.host[vm] = target_pm
         pms = sorted({source_pm, target_pm})
-        self._refresh(np.concatenate([self.places_of[pm] for pm in pms]), pms)
+        if self.own:
+            self.tables.changed(pms)
+        self._refresh(pms)
 
     def observe(self, used: float) -> Observation:
         """The state now; `used` is the share of MNL used up. A copy: it stays as it is when the walk goes on."""
         group = self.cluster.vm_group
-        best_in = np.maximum(np.where(self.fits, self.arrive, -9.0).max(axis=1, initial=-9.0), NONE)
-        room = self.fits.sum(axis=1)
-        count = np.maximum(1, self.kind_fits.sum(axis=1))
+        best_in = np.maximum(np.where(self.tables.fits, self.tables.arrive, -9.0).max(axis=1, initial=-9.0), NONE)
+        room = self.tables.fits.sum(axis=1)
+        count = np.maximum(1, self.tables.kind.sum(axis=1))
         self.vm[:, LOCAL_FEATURES] = best_in[group]
         self.vm[:, LOCAL_FEATURES + 1] = np.maximum(self.vm[:, 4] + best_in[group], NONE)
         self.vm[:, LOCAL_FEATURES + 2] = (room / count)[group]
         self.vm[:, LOCAL_FEATURES + 3] = used
-        here = self.fits[group, np.maximum(self.state.vm_place, 0)]
+        here = self.tables.fits[group, np.maximum(self.state.vm_place, 0)]
         mask: Bools = np.logical_and(self.cluster.vm_movable, room[group] - here > 0)
         return Observation(self.vm.copy(), self.pm.copy(), self.host.copy(), mask, used)
 
-    def _refresh(self, places: Ints, pms: Iterable[int]) -> None:
-        state, cluster = self.state, self.cluster
-        valid = self.kind_fits[:, places]
-        nodes = cluster.place_nodes[places]  # (K, A)
-        held = nodes >= 0
-        free = np.where(held, state.free_cores[nodes], 0)
-        mem = np.where(held, state.free_mem_mb[nodes], 0)
-        need, need_mem = cluster.group_cores[:, None, :], cluster.group_mem_mb[:, None, :]  # (G, 1, A)
-        self.fits[:, places] = valid & ((free >= need) & (mem >= need_mem)).all(axis=2)
-        rest = (free % self.slot_cores).astype(float) ** 2
-        for sign, gain, gather in ((1, self.leave, self.gather_out), (-1, self.arrive, self.gather_in)):
-            after, after_mem = free + sign * need, mem + sign * need_mem
-            squared = (after % self.slot_cores).astype(float) ** 2
-            gather[:, places] = np.where(held, squared - rest, 0.0).sum(axis=2) / self.slot_cores**2
-            if self.valuation.by_node:
-                worth = self.valuation.node_value(after, after_mem) - self.valuation.node_value(free, mem)
-                gain[:, places] = np.where(held, worth, 0.0).sum(axis=2)
-            else:
-                gain[:, places] = self._whole_pm(places, nodes, sign)
+    def _refresh(self, pms: Iterable[int]) -> None:
         chosen = list(pms)
         self._pm_features(np.array(chosen, dtype=np.int64))
-        vms = [vm for pm in chosen for vm in self.members[pm]]
-        self._vm_features(np.array(vms, dtype=np.int64))
-
-    def _whole_pm(self, places: Ints, nodes: Ints, sign: int) -> Floats:
-        """(G, K) gains where terms span nodes: the whole PM has to be valued."""
-        state, cluster = self.state, self.cluster
-        all_nodes = cluster.pm_nodes[cluster.place_pm[places]]  # (K, nodes per PM)
-        held = all_nodes >= 0
-        cores = np.where(held, state.free_cores[all_nodes], 0)
-        mem_mb = np.where(held, state.free_mem_mb[all_nodes], 0)
-        before = rows_value(self.valuation, cores, mem_mb)
-        gain: Floats = np.zeros((cluster.groups, len(places)))
-        for group in range(cluster.groups):
-            after, after_mem = cores, mem_mb
-            for part in range(int(cluster.group_arity[group])):
-                hit = all_nodes == nodes[:, part, None]
-                after = after + sign * hit * cluster.group_cores[group, part]
-                after_mem = after_mem + sign * hit * cluster.group_mem_mb[group, part]
-            gain[group] = rows_value(self.valuation, after, after_mem) - before
-        return gain
+        self._vm_features(np.array([vm for pm in chosen for vm in self.members[pm]], dtype=np.int64))
 
     def _vm_features(self, vms: Ints) -> None:
         if not len(vms):
@@ -155,8 +108,8 @@ class Observer:
             cores % slot / slot,
             cluster.group_mem_mb[group, 0] / np.maximum(1, cluster.node_mem_mb[node]),
             cluster.group_arity[group] - 1.0,
-            self.leave[group, place],
-            self.gather_out[group, place],
+            self.tables.leave[group, place],
+            self.tables.gather_out[group, place],
             first_free / cap,
             first_free % slot / slot,
             last_free % slot / slot,
@@ -198,11 +151,11 @@ class Observer:
         cap = np.maximum(1, cluster.node_cores[nodes[:, 0]])
         here = cluster.place_pm[window] == cluster.place_pm[source]
         after = (free - int(cluster.group_cores[group, 0])) % slot / slot
-        arrive = self.arrive[group, window]
+        arrive = self.tables.arrive[group, window]
         columns = [
             arrive,
-            arrive + self.leave[group, source],
-            self.gather_in[group, window],
+            arrive + self.tables.leave[group, source],
+            self.tables.gather_in[group, window],
             free / cap,
             free % slot / slot,
             after,
@@ -210,7 +163,7 @@ class Observer:
             after == 0,
             here,
         ]
-        legal = self.fits[group, window].copy()
+        legal = self.tables.fits[group, window].copy()
         legal[source - places.start] = False
         if arity > 1:
             legal &= ~here  # places on the same nodes overlap: what leaving gives is not counted in `fits`

@@ -90,7 +90,7 @@ def roll(
 ) -> list[Trajectory]:
     """Walk every one of `walks` until its budget is used up, the goal is met, nothing is legal, or `stop()`."""
     paths = [
-        Trajectory(walk, Observer(walk.state, walk.valuation), best=walk.net(), length=len(walk.steps))
+        Trajectory(walk, Observer(walk.state, walk.valuation, walk.tables), best=walk.net(), length=len(walk.steps))
         for walk in walks
     ]
     for path in paths:

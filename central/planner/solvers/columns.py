@@ -58,6 +58,7 @@ class _Column:
     arrivals: int
     net: Ints  # (groups,) arrivals - departures
     pattern: Floats
+    known: bool  # part of the plan that the search started from: together these always are a solution
 
 
 class Master:
@@ -149,7 +150,7 @@ class Master:
             added += self._add(int(self.pms[row]), patterns[row])
         return bound, added
 
-    def _add(self, pm: int, pattern: Floats) -> bool:
+    def _add(self, pm: int, pattern: Floats, known: bool = False) -> bool:
         key = pm.to_bytes(4, "little") + pattern[2:].astype(np.int16).tobytes()
         if key in self.seen:
             return False
@@ -166,7 +167,7 @@ class Master:
         net[self.single] = (into - out).sum(axis=0)
         net[self.pair] = pair_into - pair_out
         arrivals = int(into.sum() + pair_into.sum())
-        self.columns.append(_Column(pm, float(pattern[1]), arrivals, net, pattern))
+        self.columns.append(_Column(pm, float(pattern[1]), arrivals, net, pattern, known))
         return True
 
     def solve(
@@ -291,7 +292,7 @@ class Master:
                 rows_value(self.valuation, np.array([cores, self.free[pm]]), np.array([mem_mb, self.mem[pm]]))
                 @ [1.0, -1.0]
             )
-            self._add(pm, pattern)
+            self._add(pm, pattern, known=True)
 
     def _round(self, deadline: Deadline, seed: int) -> tuple[Flow | None, float]:
         """The best whole choice among the columns."""
@@ -309,10 +310,12 @@ class Master:
         )
         each = program.add_rows(len(self.cluster.mapping.pms), upper=1.0)
         program.enter(each[np.array([column.pm for column in columns])], chosen, 1.0)
-        outcome = program.solve(deadline.left_s, absolute_gap=0.999 if self._whole() else 1e-4, seed=seed)
-        if outcome.values is None:
-            return None, 0.0
-        picked = [columns[i] for i in np.flatnonzero(outcome.values > 0.5)]
+        known = np.array([column.known for column in columns], dtype=float)
+        gap = 0.999 if self._whole() else 1e-4
+        outcome = program.solve(deadline.left_s, absolute_gap=gap, seed=seed, start=known)
+        picked = [column for column in columns if column.known]
+        if outcome.values is not None:
+            picked = [columns[i] for i in np.flatnonzero(outcome.values > 0.5)]
         return self._flow(picked), sum(column.gain for column in picked)
 
     def _flow(self, picked: list[_Column]) -> Flow:

@@ -82,13 +82,17 @@ class Occupancy:
 
     def __init__(self, cluster: Cluster) -> None:
         self.at: dict[tuple[int, int], list[int]] = {}
+        self.count: Ints = np.zeros((cluster.groups, len(cluster.place_pm)), dtype=np.int64)
         for vm in np.flatnonzero(cluster.vm_movable).tolist():
-            self.at.setdefault((int(cluster.vm_group[vm]), int(cluster.vm_place[vm])), []).append(vm)
+            group, place = int(cluster.vm_group[vm]), int(cluster.vm_place[vm])
+            self.at.setdefault((group, place), []).append(vm)
+            self.count[group, place] += 1
 
     def copy(self) -> "Occupancy":
         """An independent one with the same content."""
         twin = object.__new__(Occupancy)
         twin.at = {key: list(vms) for key, vms in self.at.items()}
+        twin.count = self.count.copy()
         return twin
 
     def move(self, group: int, vm: int, source: int, target: int) -> None:
@@ -97,7 +101,9 @@ class Occupancy:
         if not self.at[group, source]:
             del self.at[group, source]
         self.at.setdefault((group, target), []).append(vm)
+        self.count[group, source] -= 1
+        self.count[group, target] += 1
 
     def places(self, group: int) -> Ints:
         """Places with at least one movable VM of the group, ascending."""
-        return np.array(sorted(place for one, place in self.at if one == group), dtype=np.int64)
+        return np.flatnonzero(self.count[group])

@@ -5,13 +5,16 @@ pair needs no search over pairs), and moves inside one PM beside them; nothing b
 ties, as in the baseline. `swap` builds on the same steps, with a tie-break.
 """
 
+from itertools import permutations
+
 import numpy as np
 
-from central.planner.model.cluster import Cluster
+from central.planner.model.cluster import Cluster, Ints
 from central.planner.model.problem import Deadline, Problem, Solution, Step
 from central.planner.model.state import Floats, State, Valuation
 from central.planner.solvers.budget import Budget
-from central.planner.solvers.gains import Occupancy, inside_gain, shift_gain
+from central.planner.solvers.gains import Occupancy, inside_gain
+from central.planner.solvers.tables import GainTables
 
 LOOKED_AT = 12  # best places per side that are tried as pairs when a pair may be forbidden
 
@@ -25,9 +28,11 @@ class Walk:
         self.state = State(self.cluster)
         self.valuation = Valuation.of(problem.objective, self.cluster)
         self.occupancy = Occupancy(self.cluster)
+        self.tables = GainTables(self.state, self.valuation)
         self.budget = Budget(problem.mapping, problem.limits)
         self.steps: list[Step] = []
-        self.tie_break = 0.0  # weight of `gathering` against one slot, far below 1: a real gain always wins
+        self.pairs: dict[tuple[int, bool], tuple[Ints, Ints]] = {}
+        self.tie_break = 0.0  # weight of gathering fragments against one slot, far below 1: a real gain always wins
         goal = problem.objective.goal
         self.value_needed = None if goal is None else self.valuation.value_needed(goal) - 1e-9
 
@@ -36,6 +41,7 @@ class Walk:
         twin = object.__new__(Walk)
         twin.__dict__.update(self.__dict__)
         twin.state, twin.occupancy, twin.budget = self.state.copy(), self.occupancy.copy(), self.budget.copy()
+        twin.tables = self.tables.copy(twin.state)
         twin.state.history = list(self.state.history)
         twin.steps = list(self.steps)
         return twin
@@ -43,6 +49,19 @@ class Walk:
     def value(self) -> float:
         """The value of the state as it is."""
         return self.valuation.value(self.cluster, self.state.free_cores, self.state.free_mem_mb)
+
+    def inside_pairs(self, group: int) -> tuple[Ints, Ints]:
+        """All pairs (source, target) of different places of the group's kind on one PM; found once per kind."""
+        kind = self.cluster.group_kind[group]
+        if kind not in self.pairs:
+            places = self.cluster.group_places[group]
+            by_pm: dict[int, list[int]] = {}
+            for place in places:
+                by_pm.setdefault(int(self.cluster.place_pm[place]), []).append(place)
+            found = [pair for one in by_pm.values() for pair in permutations(one, 2)]
+            array = np.array(found, dtype=np.int64).reshape(-1, 2)
+            self.pairs[kind] = (array[:, 0], array[:, 1])
+        return self.pairs[kind]
 
     def net(self) -> float:
         """Value less what the copied memory costs, if it costs anything."""
@@ -66,6 +85,7 @@ class Walk:
         self.state.apply(vm, place)
         if self.cluster.vm_movable[vm]:  # a kept move of an earlier plan may be of a VM that must not move again
             self.occupancy.move(int(self.cluster.vm_group[vm]), vm, source, place)
+        self.tables.changed({int(self.cluster.place_pm[source]), int(self.cluster.place_pm[place])})
         self.steps.append(Step(vm, self.cluster.target(vm, place)))
 
     def back(self) -> None:
@@ -76,19 +96,7 @@ class Walk:
         self.budget.spend(step.vm, int(self.cluster.place_pm[source]), int(self.cluster.place_pm[place]), -1)
         if self.cluster.vm_movable[step.vm]:
             self.occupancy.move(int(self.cluster.vm_group[step.vm]), step.vm, place, source)
-
-    def gathering(self, group: int, sign: int) -> Floats:
-        """(places,) tie-break: growth of the sum of squared remainders (fragments gathered are nearer to a slot)."""
-        cluster, term = self.cluster, self.valuation.terms[0]
-        places = cluster.group_places[group]
-        total: Floats = np.zeros(len(places))
-        if not term.cores:
-            return total
-        for part in range(int(cluster.group_arity[group])):
-            free = self.state.free_cores[cluster.place_nodes[places.start : places.stop, part]]
-            after = (free + sign * cluster.group_cores[group, part]) % term.cores
-            total += (after.astype(float) ** 2 - (free % term.cores).astype(float) ** 2) / term.cores**2
-        return self.tie_break * total
+        self.tables.changed({int(self.cluster.place_pm[source]), int(self.cluster.place_pm[place])})
 
 
 def greedy(problem: Problem, deadline: Deadline, seed: int) -> Solution:
@@ -115,45 +123,32 @@ def best_move(walk: Walk, least: float | None = None) -> tuple[int, int] | None:
     """
     if least is None:
         least = 0.5 * min(walk.valuation.coefficients)
+    tables, state = walk.tables, walk.occupancy
+    leave = np.where(state.count > 0, tables.leave + walk.tie_break * tables.gather_out, -np.inf)
+    arrive = np.where(tables.fits, tables.arrive + walk.tie_break * tables.gather_in, -np.inf)
+    if walk.problem.objective.cost_per_gb:
+        leave -= walk.problem.objective.cost_per_gb * walk.cluster.group_mem_mb.sum(axis=1)[:, None] / 1024
     best: tuple[float, int, int] | None = None
-    for group in range(walk.cluster.groups):
-        sources = walk.occupancy.places(group)
-        places = walk.cluster.group_places[group]
-        if not len(sources) or not len(places):
-            continue
-        leave = shift_gain(walk.state, walk.valuation, group, 1) + walk.gathering(group, 1)
-        arrive = shift_gain(walk.state, walk.valuation, group, -1) + walk.gathering(group, -1)
-        arrive = np.where(walk.state.fits(group), arrive, -np.inf)
-        leave = leave[sources - places.start]
-        if walk.problem.objective.cost_per_gb:
-            leave = leave - walk.problem.objective.cost_per_gb * walk.cluster.group_mem_mb[group].sum() / 1024
-        if best is not None and leave.max() + arrive.max(initial=-np.inf) <= best[0]:
-            candidate = _inside(walk, group, best[0])
-        else:
-            candidate = _across(walk, group, leave, arrive, best[0] if best else least)
-            inside = _inside(walk, group, candidate[0] if candidate else (best[0] if best else least))
-            candidate = inside or candidate
-        if candidate is not None and (best is None or candidate[0] > best[0]):
-            best = candidate
+    most = leave.max(axis=1, initial=-np.inf) + arrive.max(axis=1, initial=-np.inf)
+    for group in np.argsort(-most, kind="stable").tolist():
+        if most[group] > (best[0] if best else least):
+            best = _across(walk, group, leave[group], arrive[group], best[0] if best else least) or best
+        if leave[group].max(initial=-np.inf) > -np.inf:
+            best = _inside(walk, group, leave[group], arrive[group], best[0] if best else least) or best
     return None if best is None else best[1:]
 
 
 def _across(walk: Walk, group: int, leave: Floats, arrive: Floats, least: float) -> tuple[float, int, int] | None:
-    """Best legal (gain, VM, place) between two PMs that gains more than `least`."""
-    sources = walk.occupancy.places(group)
-    start = walk.cluster.group_places[group].start
-    out_order = np.argsort(-leave, kind="stable")
-    in_order = np.argsort(-arrive, kind="stable")
+    """Best legal (gain, VM, place) between two PMs that gains more than `least`; leave and arrive are (P,)."""
     restricted = not walk.budget.only_mnl or bool(walk.cluster.set_members)
     limit = LOOKED_AT * (8 if restricted else 1)
+    out_order, in_order = _top(leave, limit), _top(arrive, limit)
     best: tuple[float, int, int] | None = None
-    for i in out_order[:limit]:
-        source = int(sources[i])
-        for j in in_order[:limit]:
-            gain = float(leave[i] + arrive[j])
-            if gain <= (best[0] if best else least):
+    for source in out_order:
+        for place in in_order:
+            gain = float(leave[source] + arrive[place])
+            if not gain > (best[0] if best else least):
                 break
-            place = start + int(j)
             if walk.cluster.place_pm[source] == walk.cluster.place_pm[place]:
                 continue
             vm = next((vm for vm in walk.occupancy.at[group, source] if walk.may(vm, place)), None)
@@ -163,38 +158,35 @@ def _across(walk: Walk, group: int, leave: Floats, arrive: Floats, least: float)
     return best
 
 
-def _inside(walk: Walk, group: int, least: float) -> tuple[float, int, int] | None:
+def _top(values: Floats, count: int) -> list[int]:
+    """Positions of the `count` highest values that are not -inf, best first, ties by position."""
+    if len(values) > 4 * count:
+        threshold = np.partition(values, -count)[-count]
+        chosen = np.flatnonzero(values >= threshold)
+    else:
+        chosen = np.arange(len(values))
+    chosen = chosen[np.argsort(-values[chosen], kind="stable")][:count]
+    return [int(one) for one in chosen if values[one] > -np.inf]
+
+
+def _inside(walk: Walk, group: int, leave: Floats, arrive: Floats, least: float) -> tuple[float, int, int] | None:
     """Best legal (gain, VM, place) inside one PM that gains more than `least`."""
-    sources, targets = inside_pairs(walk, group)
+    sources, targets = walk.inside_pairs(group)
     if not len(sources):
         return None
-    gain, fits = inside_gain(walk.state, walk.valuation, group, sources, targets)
-    gain = np.where(fits, gain, -np.inf)
-    for i in np.argsort(-gain, kind="stable")[:LOOKED_AT]:
-        if gain[i] <= least:
+    if walk.cluster.group_arity[group] == 1 and walk.valuation.by_node:
+        gain = leave[sources] + arrive[targets]  # two nodes of one PM are then as independent as two PMs
+    else:
+        held = np.flatnonzero(walk.occupancy.count[group, sources] > 0)
+        gain = np.full(len(sources), -np.inf)
+        worth, fits = inside_gain(walk.state, walk.valuation, group, sources[held], targets[held])
+        memory_gb = walk.cluster.group_mem_mb[group].sum() / 1024
+        gain[held] = np.where(fits, worth - walk.problem.objective.cost_per_gb * memory_gb, -np.inf)
+    for pair in _top(gain, LOOKED_AT):
+        if not gain[pair] > least:
             return None
-        vm = next(
-            (vm for vm in walk.occupancy.at[group, int(sources[i])] if walk.may(vm, int(targets[i]))),
-            None,
-        )
+        source, place = int(sources[pair]), int(targets[pair])
+        vm = next((vm for vm in walk.occupancy.at[group, source] if walk.may(vm, place)), None)
         if vm is not None:
-            return float(gain[i]), vm, int(targets[i])
+            return float(gain[pair]), vm, place
     return None
-
-
-def inside_pairs(walk: Walk, group: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]:
-    """Pairs (source, target) of places on one PM for the group's movable VMs."""
-    cluster = walk.cluster
-    sources = walk.occupancy.places(group)
-    places = cluster.group_places[group]
-    first = np.searchsorted(cluster.place_pm[places.start : places.stop], cluster.place_pm[sources], "left")
-    last = np.searchsorted(cluster.place_pm[places.start : places.stop], cluster.place_pm[sources], "right")
-    pairs = [
-        (int(source), places.start + other)
-        for source, low, high in zip(sources, first, last, strict=True)
-        if high - low > 1
-        for other in range(int(low), int(high))
-        if places.start + other != source
-    ]
-    array = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]

@@ -8,7 +8,6 @@ import numpy as np
 
 from central.planner.model.problem import Deadline, Problem, Solution
 from central.planner.model.state import Floats
-from central.planner.solvers.gains import shift_gain
 from central.planner.solvers.greedy import Walk
 
 LOOKED_AT = 30
@@ -31,15 +30,15 @@ def _step(walk: Walk) -> bool:
         if not len(sources):
             continue
         start = walk.cluster.group_places[group].start
-        leave = shift_gain(walk.state, walk.valuation, group, 1)[sources - start]
+        leave = walk.tables.leave[group, sources]
         candidates += [(float(leave[i]), group, int(sources[i])) for i in np.argsort(-leave, kind="stable")[:LOOKED_AT]]
     candidates.sort(key=lambda one: -one[0])
-    for gain, group, source in candidates[: 4 * LOOKED_AT]:
+    for gain, group, source in candidates:
         if gain <= 0:
             return False
         start = walk.cluster.group_places[group].start
-        arrive = shift_gain(walk.state, walk.valuation, group, -1)
-        good = np.logical_and(walk.state.fits(group), arrive + gain > 1e-9)
+        window = slice(start, walk.cluster.group_places[group].stop)
+        good = np.logical_and(walk.tables.fits[group, window], walk.tables.arrive[group, window] + gain > 1e-9)
         score = np.where(good, _alignment(walk, group), -np.inf)
         for j in np.argsort(-score, kind="stable")[:LOOKED_AT]:
             if score[j] == -np.inf:

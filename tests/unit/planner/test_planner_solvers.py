@@ -30,7 +30,7 @@ def small():
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("objective", ["fr", "mixed", "multi", "fr-goal:0.3"])
 def test_plans_are_legal_and_no_worse(small, pose, name, objective):
-    plan = make_plan(pose(small, 12, objective), name, 4.0, seed=3)
+    plan = make_plan(pose(small, 12, objective), name, 1.5, seed=3)
     assert plan.final.fragment_rate <= plan.initial.fragment_rate + 1e-12
     assert len(plan.moves) <= 12
     if plan.bound is not None:
@@ -41,7 +41,7 @@ def test_plans_are_legal_and_no_worse(small, pose, name, objective):
 def test_limits_hold(small, pose, name):
     # The checker inside make_plan refuses any plan that breaks one of these.
     limits = {"max_bytes": 200 * 2**30, "per_pm": 2, "per_tenant": 2, "fixed": frozenset(range(0, 300, 3))}
-    plan = make_plan(pose(small, 20, "fr", **limits), name, 4.0)
+    plan = make_plan(pose(small, 20, "fr", **limits), name, 1.5)
     assert plan.final.slots >= plan.initial.slots
 
 
@@ -52,7 +52,7 @@ def test_same_seed_same_plan(small, pose, name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "objective"), product(["tiny", "small"], ["fr", "mixed", "multi", "16c*0.3+32c/2numa"])
+    ("shape", "objective"), list(product(["tiny", "small"], ["fr", "mixed", "multi", "16c*0.3+32c/2numa*0.7"]))
 )
 def test_both_exact_models_agree(shape, objective):
     mapping = generate(SHAPES[shape], 6)
@@ -146,8 +146,8 @@ def test_affinity_is_kept_where_it_binds(build, pose):
     apart = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})], [[0, 1]])
     free = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})])
     for name in SOLVERS:
-        assert make_plan(pose(free, 1), name, 3.0).final.slots == 1
-        assert make_plan(pose(apart, 1), name, 3.0).final.slots == 0
+        assert make_plan(pose(free, 1), name, 1.0).final.slots == 1
+        assert make_plan(pose(apart, 1), name, 1.0).final.slots == 0
 
 
 def test_make_room(build, pose):
