@@ -3,7 +3,7 @@
 One thread and one poller; nothing here is on a packet's way. Every interval:
 
     flows -> observe -> report -> link          (the report is also the heartbeat)
-    finished flows -> datapath.forget
+    flows that ended a while ago -> datapath.forget
 
 and whenever the link has something: policy -> thresholds -> datapath.apply. The systemd watchdog is fed after a
 successful read of the kernel's maps, so that a hanging agent is restarted; the data path goes on without it.
@@ -24,7 +24,7 @@ from fabricpilot import __version__, notify
 from fabricpilot.config import AgentConfig
 from fabricpilot.control import ControlServer
 from fabricpilot.levels import Thresholds
-from fabricpilot.wire import FromCentral, Hello, Policy, Refused, Report
+from fabricpilot.wire import FromCentral, Hello, Policy, Refused, Report, Verdicts
 from hostagent.datapath.base import Settings
 from hostagent.lifecycle import Scheduled
 from hostagent.link import HostLink
@@ -52,6 +52,7 @@ class Agent:
         self.scheduled = scheduled
         self.datapath = scheduled.datapath
         self.settings: Settings = scheduled.settings
+        self.flow_control = scheduled.flow_control
         self.name = host_name(config)
         self.control = control
         self.link = link
@@ -62,6 +63,7 @@ class Agent:
         self._last_report_ns = time.monotonic_ns()
         self._last_sent_bytes = sent_bytes(self.datapath.counters())
         self._read_s = 0.0
+        self._read_at_ns = 0
         self._active = 0
         self._long = 0
         self._started_at = time.time()
@@ -81,12 +83,17 @@ class Agent:
         if self.link is not None:
             poller.register(self.link.socket, zmq.POLLIN)
             poller.register(self.link.monitor, zmq.POLLIN)  # a new connection is greeted at once
+        events = self.flow_control.socket if self.flow_control is not None else None
+        if events is not None:
+            poller.register(events, zmq.POLLIN)
         interval_s = self.config.host.report_interval_s
         due = time.monotonic() + interval_s
         notify.ready()
         try:
             while not self._stop:
-                poller.poll(max(0, int((due - time.monotonic()) * 1000)))
+                ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
+                if self.flow_control is not None and events is not None and events.fileno() in ready:
+                    self.flow_control.on_event()
                 if self.link is not None:
                     for message in self.link.receive():
                         self.handle(message)
@@ -98,6 +105,8 @@ class Agent:
                     due = max(due + interval_s, time.monotonic() + interval_s / 2)
         finally:
             notify.stopping()
+            if self.flow_control is not None:
+                self.flow_control.close()
             signal.set_wakeup_fd(-1)
             wake_read.close()
             wake_write.close()
@@ -115,17 +124,23 @@ class Agent:
             epoch=self.epoch,
             thresholds=list(self.settings.thresholds.bytes),
             version=__version__,
+            routes=list(self.flow_control.routes) if self.flow_control is not None else [],
         )
 
     def report(self) -> None:
         """Read the flow table, forget what finished, tell central."""
         begin = time.perf_counter()
-        seen = observe(self.datapath.flows(), self.settings.thresholds.bytes[-1], self.config.datapath.idle_timeout_s)
+        table = self.datapath.flows()
+        last_threshold, idle_timeout_s = self.settings.thresholds.bytes[-1], self.config.datapath.idle_timeout_s
+        seen = observe(table, last_threshold, idle_timeout_s, self._read_at_ns)
+        self._read_at_ns = table.read_at_ns
         counters = self.datapath.counters()
         self._read_s = time.perf_counter() - begin
         self._active, self._long = seen.active, len(seen.long)
-        if len(seen.finished):
-            self.datapath.forget(seen.finished_keys)
+        if len(seen.leaving):
+            self.datapath.forget(seen.leaving_keys)
+        if self.flow_control is not None:
+            self.flow_control.tick()
         message = self._report_message(seen, counters)
         if self.link is not None:
             self.link.send(message)
@@ -134,6 +149,8 @@ class Agent:
         """Act on one message from central."""
         if isinstance(message, Policy):
             self._handle_policy(message)
+        elif isinstance(message, Verdicts):
+            self._handle_verdicts(message)
         elif isinstance(message, Refused):
             self._refuse(f"central refused this host: {message.reason}")
 
@@ -170,6 +187,7 @@ class Agent:
                 "stale": self._stale(),
                 "refused": self.refused,
             },
+            "flow_control": self.flow_control.status() if self.flow_control is not None else {},
             "link": link,
         }
 
@@ -191,6 +209,7 @@ class Agent:
             long_flows=seen.long_flows(),
             active=seen.active,
             counters=counters,
+            usable_routes=list(self.flow_control.usable_routes) if self.flow_control is not None else [],
         )
         self._last_report_ns, self._last_sent_bytes = now_ns, sent
         return message
@@ -214,6 +233,12 @@ class Agent:
             self.settings = replace(self.settings, thresholds=thresholds)
             self.datapath.apply(self.settings)
             log.info("policy %d: thresholds %s (%s)", policy.epoch, list(thresholds.bytes), policy.reason)
+
+    def _handle_verdicts(self, message: Verdicts) -> None:
+        if self.flow_control is None:
+            self._refuse(f"the {self.datapath.name} data path takes no verdicts for single flows")
+            return
+        self.flow_control.take(message.verdicts)
 
     def _stale(self) -> bool:
         """Whether central has been silent for longer than its policy is meant to last. The policy is kept."""

@@ -1,8 +1,10 @@
 """From reads of the flow table to what happened between them: finished flows, long flows, summaries for central.
 
 Pure functions on numpy columns, called once per report interval by the agent. A flow has finished when it sent a FIN
-or RST, or was silent for the idle timeout; its size is its attained service then. It is told to central once and
-forgotten in the kernel's table. Nothing in the kernel is cleared on read, so a long flow never returns to the top.
+or RST, or was silent for the idle timeout; its size is its attained service then. It is told to central once, by the
+first read after its end. In the kernel's table an ended flow stays for a while: its last bytes may have to be sent
+again, and must not look like a flow of unknown age. Nothing in the kernel is cleared on read, so a long flow never
+returns to the top.
 """
 
 import ipaddress
@@ -13,10 +15,13 @@ import numpy.typing as npt
 
 from fabricpilot.histogram import LogHistogram
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS, FlowSummary
-from hostagent.datapath.base import FLAG_ENDED, FlowTable
+from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FlowTable
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _NS_PER_US = 1000
+
+# How long an ended flow stays in the table: longer than TCP goes on trying at datacenter retransmission timeouts.
+LINGER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -24,33 +29,35 @@ class Observation:
     """One read of the flow table, sorted into what finished, what is long and the rest.
 
     Attributes:
-        finished: indices (shape (n,)) of flows that ended or went idle.
+        finished: indices (shape (n,)) of flows that ended or went idle since the read before this one.
+        leaving: indices of flows to forget: gone idle, or ended long enough ago.
         long: indices of the active flows beyond the last threshold, the largest first.
         active: how many flows go on.
     """
 
     table: FlowTable
     finished: npt.NDArray[np.intp]
+    leaving: npt.NDArray[np.intp]
     long: npt.NDArray[np.intp]
     active: int
 
     @property
-    def finished_keys(self) -> npt.NDArray[np.void]:
-        """Keys of the finished flows, for the data path to forget."""
-        return self.table.keys[self.finished]
+    def leaving_keys(self) -> npt.NDArray[np.void]:
+        """Keys of the flows for the data path to forget."""
+        return self.table.keys[self.leaving]
 
     def sizes(self) -> LogHistogram:
-        """Sizes of the finished flows that carried payload, bytes."""
-        return LogHistogram.of(self._finished_states()["attained_bytes"])
+        """Sizes of the measured flows, bytes."""
+        return LogHistogram.of(self._measured_states()["attained_bytes"])
 
     def durations(self) -> LogHistogram:
-        """Durations of the finished flows that carried payload, first to last packet, microseconds."""
-        states = self._finished_states()
+        """Durations of the measured flows, first to last packet, microseconds."""
+        states = self._measured_states()
         return LogHistogram.of((states["last_seen_ns"] - states["first_seen_ns"]) // _NS_PER_US)
 
     def finished_sample(self, rng: np.random.Generator) -> list[FlowSummary]:
-        """At most `MAX_FINISHED_SAMPLE` finished flows, drawn without preference."""
-        rows = self._finished_with_payload()
+        """At most `MAX_FINISHED_SAMPLE` measured flows, drawn without preference."""
+        rows = self._measured()
         if len(rows) > MAX_FINISHED_SAMPLE:
             rows = np.sort(rng.choice(rows, MAX_FINISHED_SAMPLE, replace=False))
         return [summary(self.table, row) for row in rows]
@@ -60,31 +67,47 @@ class Observation:
         return [summary(self.table, row) for row in self.long[:MAX_LONG_FLOWS]]
 
     def finished_count(self) -> int:
-        """How many flows with payload finished."""
-        return len(self._finished_with_payload())
+        """How many flows were measured from their start to their end, and carried payload."""
+        return len(self._measured())
 
-    def _finished_with_payload(self) -> npt.NDArray[np.intp]:
-        return self.finished[self.table.states["attained_bytes"][self.finished] > 0]
+    def _measured(self) -> npt.NDArray[np.intp]:
+        """Finished flows whose size is known: they carried payload, and their start was seen."""
+        states = self.table.states[self.finished]
+        return self.finished[(states["attained_bytes"] > 0) & ((states["flags"] & FLAG_SAW_START) != 0)]
 
-    def _finished_states(self) -> npt.NDArray[np.void]:
-        return self.table.states[self._finished_with_payload()]
+    def _measured_states(self) -> npt.NDArray[np.void]:
+        return self.table.states[self._measured()]
 
 
-def observe(table: FlowTable, last_threshold_bytes: int, idle_timeout_s: float) -> Observation:
+def observe(
+    table: FlowTable, last_threshold_bytes: int, idle_timeout_s: float, previous_read_ns: int = 0
+) -> Observation:
     """Sort a read of the flow table.
 
     Args:
         table: the read.
         last_threshold_bytes: beyond it a flow is long.
         idle_timeout_s: silence after which a flow counts as finished.
+        previous_read_ns: `read_at_ns` of the read before this one; what had ended then was told then.
     """
     states = table.states
-    # A packet can be stamped after the clock was read for this snapshot: that is no silence.
-    silent_ns = table.read_at_ns - np.minimum(states["last_seen_ns"], table.read_at_ns).astype(np.int64)
-    over = ((states["flags"] & FLAG_ENDED) != 0) | (silent_ns > idle_timeout_s * 1e9)
-    long = np.flatnonzero(~over & (states["attained_bytes"] >= last_threshold_bytes))
+    last_seen_ns = states["last_seen_ns"]
+    # A packet can be stamped after the clock was read for this snapshot: that is no silence, and an end stamped so
+    # belongs to the next read.
+    silent_s = (table.read_at_ns - np.minimum(last_seen_ns, table.read_at_ns).astype(np.int64)) / 1e9
+    ended = (states["flags"] & FLAG_ENDED) != 0
+    idle = ~ended & (silent_s > idle_timeout_s)
+    just_ended = ended & (last_seen_ns > previous_read_ns) & (last_seen_ns <= table.read_at_ns)
+    going = ~ended & ~idle
+    long = np.flatnonzero(going & (states["attained_bytes"] >= last_threshold_bytes))
     largest_first = long[np.argsort(states["attained_bytes"][long])[::-1]]
-    return Observation(table, np.flatnonzero(over), largest_first, int(len(table) - over.sum()))
+    return Observation(
+        table=table,
+        finished=np.flatnonzero(just_ended | idle),
+        leaving=np.flatnonzero((ended & (silent_s > LINGER_S)) | idle),
+        long=largest_first,
+        active=int(going.sum()),
+    )
 
 
 def summary(table: FlowTable, row: int | np.intp) -> FlowSummary:
@@ -99,6 +122,7 @@ def summary(table: FlowTable, row: int | np.intp) -> FlowSummary:
         size_bytes=int(state["attained_bytes"]),
         duration_us=max(0, int(state["last_seen_ns"]) - int(state["first_seen_ns"])) // _NS_PER_US,
         level=int(state["level"]),
+        route=int(state["route"]),
     )
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS
-from hostagent.datapath.base import FLAG_ENDED, FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable
+from hostagent.datapath.base import FLAG_ENDED as ENDED
+from hostagent.datapath.base import FLAG_SAW_START as STARTED
+from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable
 from hostagent.observe import address, observe, summary
 
 SECOND = 10**9
@@ -27,33 +29,56 @@ def table(*flows):
 
 
 def test_ended_and_idle_flows_have_finished():
-    seen = observe(table((500, 1, FLAG_ENDED), (900, 31, 0), (700, 29, 0)), 10_000, 30)
+    seen = observe(table((500, 1, STARTED | ENDED), (900, 31, STARTED), (700, 29, STARTED)), 10_000, 30)
     assert list(seen.finished) == [0, 1]
     assert seen.active == 1
-    assert list(seen.finished_keys["source_port"]) == [1, 2]
 
 
-def test_a_flow_without_payload_is_forgotten_but_not_told():
-    seen = observe(table((0, 1, FLAG_ENDED), (10, 1, FLAG_ENDED)), 10_000, 30)
+def test_an_ended_flow_is_told_once_and_forgotten_later():
+    ended = (500, 1, STARTED | ENDED)
+    assert observe(table(ended), 10_000, 30, NOW - 2 * SECOND).finished_count() == 1
+    assert observe(table(ended), 10_000, 30, NOW - SECOND).finished_count() == 0
+    assert len(observe(table(ended), 10_000, 30).leaving_keys) == 0
+    lingered = observe(table((500, 6, STARTED | ENDED)), 10_000, 30, NOW - SECOND)
+    assert (lingered.finished_count(), list(lingered.leaving_keys["source_port"])) == (0, [1])
+
+
+def test_an_end_stamped_after_the_read_began_belongs_to_the_next():
+    just = table((500, -0.001, STARTED | ENDED))
+    assert observe(just, 10_000, 30, NOW - SECOND).finished_count() == 0
+    later = FlowTable(just.keys, just.states, NOW + SECOND)
+    assert observe(later, 10_000, 30, NOW).finished_count() == 1
+
+
+def test_an_idle_flow_is_told_and_forgotten_at_once():
+    seen = observe(table((900, 31, STARTED)), 10_000, 30, NOW - SECOND)
+    assert (seen.finished_count(), len(seen.leaving_keys)) == (1, 1)
+
+
+@pytest.mark.parametrize("unmeasured", [(0, 1, STARTED | ENDED), (9000, 1, ENDED)], ids=["no payload", "mid-life"])
+def test_a_flow_of_unknown_size_is_forgotten_but_not_told(unmeasured):
+    seen = observe(table(unmeasured, (10, 1, STARTED | ENDED)), 10_000, 30)
     assert len(seen.finished) == 2
     assert seen.finished_count() == seen.sizes().total == seen.durations().total == 1
+    assert [flow.size_bytes for flow in seen.finished_sample(np.random.default_rng(1))] == [10]
 
 
 def test_long_flows_come_largest_first_and_an_ended_one_is_not_long():
-    seen = observe(table((10_000, 1, 0), (9_999, 1, 0), (50_000, 1, 0), (90_000, 1, FLAG_ENDED)), 10_000, 30)
+    seen = observe(table((10_000, 1, 0), (9_999, 1, 0), (50_000, 1, 0), (90_000, 1, ENDED)), 10_000, 30)
     assert [flow.size_bytes for flow in seen.long_flows()] == [50_000, 10_000]
 
 
 def test_what_travels_is_bounded():
     many = MAX_LONG_FLOWS + 300
-    seen = observe(table(*[(20_000 + i, 1, 0) for i in range(many)], *[(5, 1, FLAG_ENDED)] * 500), 10_000, 30)
+    ended = [(5, 1, STARTED | ENDED)] * 500
+    seen = observe(table(*[(20_000 + i, 1, STARTED) for i in range(many)], *ended), 10_000, 30)
     assert len(seen.long_flows()) == MAX_LONG_FLOWS
     assert len(seen.long) == many
     assert len(seen.finished_sample(np.random.default_rng(1))) == MAX_FINISHED_SAMPLE
 
 
 def test_a_packet_stamped_after_the_read_is_not_idle():
-    seen = observe(table((500, -1, 0)), 10_000, 30)
+    seen = observe(table((500, -1, STARTED)), 10_000, 30)
     assert seen.active == 1
 
 
