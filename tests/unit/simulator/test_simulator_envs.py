@@ -129,3 +129,17 @@ def test_rewards() -> None:
     assert rewards.ratio(0.0, 2.0, 3.0) == 1.0
     empty = _results([], [])
     assert [kind(empty) for kind in rewards.KINDS.values()] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", [MLFQ_THRESHOLDS, LONG_FLOWS])
+def test_stable_baselines_accepts_it(name: str) -> None:
+    checker = pytest.importorskip("stable_baselines3.common.env_checker", reason="the optional stable-baselines3")
+    checker.check_env(gym.make(name).unwrapped, warn=True)
+
+
+@pytest.mark.parametrize("name", [MLFQ_THRESHOLDS, LONG_FLOWS])
+def test_torchrl_accepts_it(name: str) -> None:
+    torchrl = pytest.importorskip("torchrl.envs", reason="the optional torchrl")
+    from torchrl.envs.utils import check_env_specs
+
+    check_env_specs(torchrl.GymWrapper(gym.make(name)))

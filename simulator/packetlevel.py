@@ -1,0 +1,149 @@
+"""The same flows at packet level in ns-3, to check the model against: DCTCP on a star, one receiver.
+
+Needs the optional PyPI wheel `ns3` (GPL-2.0; it compiles its bindings while it runs, so the first call takes a minute).
+ns-3 keeps global state: one run per process. Each flow is a new connection, so its handshake counts.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fabricpilot.errors import FabricpilotError, UsageError
+from simulator.arrays import Floats
+from simulator.physics import Physics
+from simulator.schemes import Scheme
+from simulator.workloads.trace import Trace
+
+MARKING_PACKETS = 20  # DCTCP's K
+INITIAL_WINDOW = 10
+_BUFFER_PACKETS = 400
+_FIRST_PORT = 10_000
+_MOST_FLOWS = 50_000
+_WIRE_BYTES = 1502  # 1448 payload, TCP with timestamps, IPv4, and PPP, which ns-3's point-to-point links speak
+
+
+@dataclass(frozen=True, eq=False)
+class PacketRun:
+    """Completion times, seconds, shape (n,), NaN for flows that did not end; and the CPU time of the event loop."""
+
+    fct_s: Floats
+    cpu_s: float
+
+
+def run_dctcp(trace: Trace, rate_bps: float, delay_s: float, drain_s: float = 10.0) -> PacketRun:
+    """Run a trace whose flows all go to host 0, over links of `rate_bps` and `delay_s` each way.
+
+    Raises:
+        FabricpilotError: ns3 is not installed.
+        UsageError: flows to other hosts, or more than ports.
+    """
+    try:
+        from ns import ns  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise FabricpilotError("ns-3 is not installed; pip install ns3 (optional)") from error
+    if (trace.destination != 0).any() or len(trace) > _MOST_FLOWS:
+        raise UsageError(f"give at most {_MOST_FLOWS} flows, all to host 0")
+    _defaults(ns)
+    hosts = int(trace.source.max()) + 1
+    nodes, receiver = _star(ns, hosts, rate_bps, delay_s)
+    applications = []  # ns-3 does not keep them alive for Python
+    for flow, (start_s, size, source) in enumerate(zip(trace.start_s, trace.size_bytes, trace.source, strict=True)):
+        port = _FIRST_PORT + flow
+        anywhere = ns.InetSocketAddress(ns.Ipv4Address.GetAny(), port).ConvertTo()
+        sink = ns.PacketSinkHelper("ns3::TcpSocketFactory", anywhere).Install(nodes.Get(0))
+        sink.Start(ns.Seconds(0))
+        sender = ns.BulkSendHelper("ns3::TcpSocketFactory", ns.InetSocketAddress(receiver, port).ConvertTo())
+        sender.SetAttribute("MaxBytes", ns.UintegerValue(int(size)))
+        installed = sender.Install(nodes.Get(int(source)))
+        installed.Start(ns.Seconds(float(start_s)))
+        applications.append((sink, installed))
+    helper = ns.FlowMonitorHelper()
+    monitor = helper.InstallAll()
+    began_s = time.process_time()
+    ns.Simulator.Stop(ns.Seconds(float(trace.start_s[-1]) + drain_s))
+    ns.Simulator.Run()
+    cpu_s = time.process_time() - began_s
+    fct_s = np.full(len(trace), math.nan)
+    for port, first_s, last_s in _flow_times(ns, monitor, helper.GetClassifier()):
+        flow = int(port) - _FIRST_PORT
+        if 0 <= flow < len(trace):
+            fct_s[flow] = last_s - first_s
+    return PacketRun(fct_s, cpu_s)
+
+
+def same_physics(rate_bps: float, delay_s: float) -> tuple[Physics, Scheme]:
+    """Constants and fair sharing of our model for what `run_dctcp` simulates: known beforehand, not fitted."""
+    packet_s = _WIRE_BYTES * 8 / rate_bps
+    rtt_s = 4 * delay_s + 4 * packet_s  # two links each way, stored and forwarded
+    physics = Physics(
+        wire_bytes=_WIRE_BYTES,
+        base_latency_s=2 * rtt_s,  # handshake, then request and last acknowledgement
+        rtt_s=rtt_s,
+        initial_window=INITIAL_WINDOW,
+        window_growth=2.0,
+    )
+    return physics, Scheme("fair", queue_bytes=float(MARKING_PACKETS * physics.segment_bytes))
+
+
+def _defaults(ns: Any) -> None:
+    settings = {
+        "ns3::TcpL4Protocol::SocketType": ns.StringValue("ns3::TcpDctcp"),
+        "ns3::TcpSocket::SegmentSize": ns.UintegerValue(1448),
+        "ns3::TcpSocket::InitialCwnd": ns.UintegerValue(INITIAL_WINDOW),
+        "ns3::TcpSocket::SndBufSize": ns.UintegerValue(4 << 20),
+        "ns3::TcpSocket::RcvBufSize": ns.UintegerValue(4 << 20),
+        "ns3::TcpSocketBase::MinRto": ns.TimeValue(ns.MilliSeconds(10)),
+        "ns3::RedQueueDisc::UseEcn": ns.BooleanValue(True),
+        "ns3::RedQueueDisc::UseHardDrop": ns.BooleanValue(False),
+        "ns3::RedQueueDisc::MeanPktSize": ns.UintegerValue(1500),
+        "ns3::RedQueueDisc::MaxSize": ns.QueueSizeValue(ns.QueueSize(f"{_BUFFER_PACKETS}p")),
+        "ns3::RedQueueDisc::QW": ns.DoubleValue(1),  # the queue as it is, not its average
+        "ns3::RedQueueDisc::MinTh": ns.DoubleValue(MARKING_PACKETS),
+        "ns3::RedQueueDisc::MaxTh": ns.DoubleValue(MARKING_PACKETS),
+    }
+    for name, value in settings.items():
+        ns.Config.SetDefault(name, value)
+
+
+def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float) -> tuple[Any, Any]:
+    """Hosts around a switch: all nodes (the switch is the last), and the address of host 0."""
+    nodes = ns.NodeContainer()
+    nodes.Create(hosts + 1)
+    ns.InternetStackHelper().Install(nodes)
+    links = ns.PointToPointHelper()
+    links.SetDeviceAttribute("DataRate", ns.StringValue(f"{round(rate_bps)}bps"))
+    links.SetChannelAttribute("Delay", ns.StringValue(f"{round(delay_s * 1e9)}ns"))
+    queues = ns.TrafficControlHelper()
+    queues.SetRootQueueDisc("ns3::RedQueueDisc")
+    addresses, receiver = ns.Ipv4AddressHelper(), None
+    for host in range(hosts):
+        pair = ns.NodeContainer()
+        pair.Add(nodes.Get(host))
+        pair.Add(nodes.Get(hosts))
+        devices = links.Install(pair)
+        queues.Install(devices)
+        addresses.SetBase(ns.Ipv4Address(f"10.{host // 256 + 1}.{host % 256}.0"), ns.Ipv4Mask("255.255.255.0"))
+        interfaces = addresses.Assign(devices)
+        receiver = interfaces.GetAddress(0) if host == 0 else receiver
+    ns.Ipv4GlobalRoutingHelper.PopulateRoutingTables()
+    return nodes, receiver
+
+
+def _flow_times(ns: Any, monitor: Any, classifier: Any) -> Any:
+    """(destination port, first sent, last received) of every flow the monitor saw."""
+    ns.cppyy.cppdef("""
+    #include "ns3/flow-monitor.h"
+    #include "ns3/ipv4-flow-classifier.h"
+    std::vector<std::array<double, 3>> fabricpilotFlowTimes(
+        ns3::Ptr<ns3::FlowMonitor> monitor, ns3::Ptr<ns3::FlowClassifier> classifier) {
+      std::vector<std::array<double, 3>> times;
+      auto flows = ns3::DynamicCast<ns3::Ipv4FlowClassifier>(classifier);
+      for (const auto& [id, seen] : monitor->GetFlowStats())
+        times.push_back({double(flows->FindFlow(id).destinationPort), seen.timeFirstTxPacket.GetSeconds(),
+                         seen.timeLastRxPacket.GetSeconds()});
+      return times;
+    }""")
+    return ns.cppyy.gbl.fabricpilotFlowTimes(monitor, classifier)
