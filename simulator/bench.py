@@ -13,10 +13,13 @@ import click
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A tenth of the work, for a first look.")
+@click.option("--ns3", "with_ns3", is_flag=True, help="Also run ns-3 on the same flows (optional wheel; a minute).")
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
-def simulator(quick: bool, as_json: bool) -> None:
+def simulator(quick: bool, with_ns3: bool, as_json: bool) -> None:
     """Measure the simulator: events per second, growth, memory."""
     results = measure(0.1 if quick else 1.0)
+    if with_ns3:
+        results["ns3"] = against_ns3()
     if as_json:
         click.echo(json.dumps(results))
         return
@@ -33,6 +36,10 @@ def simulator(quick: bool, as_json: bool) -> None:
             f"{case['state_bytes'] / 1e3:,.0f}",
         )
     Console().print(table)
+    if with_ns3:
+        found = results["ns3"]
+        ratio, error = found["ratio"], found["mean_error"]
+        Console().print(f"ns-3, same {found['flows']} flows: {ratio:.0f} times our CPU time; our mean FCT {error:+.1%}")
 
 
 def measure(scale: float = 1.0) -> dict[str, Any]:
@@ -56,6 +63,39 @@ def measure(scale: float = 1.0) -> dict[str, Any]:
         cases.append(_fabric_case(name, fabric, scheme("mlfq"), scale))
     headline = next(case for case in cases if case["name"] == "star, 100 active")
     return {"events_per_second": headline["events_per_second"], "cases": cases}
+
+
+def against_ns3(flows: int = 200) -> dict[str, Any]:
+    """The same DCTCP flows in ns-3 and here: CPU seconds of both, their ratio, our error of mean FCT.
+
+    Raises:
+        FabricpilotError: ns3 is not installed.
+    """
+    import numpy as np
+
+    from simulator.engine import simulate
+    from simulator.packetlevel import run_dctcp, same_physics
+    from simulator.topology import star
+    from simulator.workloads.arrivals import poisson
+    from simulator.workloads.distribution import SizeDistribution
+    from simulator.workloads.placement import to_one
+
+    rng = np.random.default_rng(1)
+    web = SizeDistribution.load("websearch_dctcp_bytes_trafficgenerator")
+    trace = to_one(poisson(web, 0.6, 1e9, rng, count=flows), 8, rng)
+    packets = run_dctcp(trace, 1e9, 20e-6)
+    physics, fair = same_physics(1e9, 20e-6)
+    simulate(trace, fair, star(8, 1e9), physics)  # compiles
+    began_s = time.process_time()
+    found = simulate(trace, fair, star(8, 1e9), physics)
+    cpu_s = time.process_time() - began_s
+    return {
+        "flows": flows,
+        "ns3_cpu_s": packets.cpu_s,
+        "cpu_s": cpu_s,
+        "ratio": packets.cpu_s / cpu_s,
+        "mean_error": float(found.fct_s.mean() / packets.fct_s.mean() - 1),
+    }
 
 
 def _star_case(name: str, ranks: str, active: int, flows: int) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def simulate(
             | runs[name][1]
             for name, summary in summaries.items()
         }
-        click.echo(json.dumps({"workload": workload.name, "load": load_found, "rate_bps": rate_bps, "schemes": found}))
+        stated = load_found if math.isfinite(load_found) else None  # flows that all start at once have no load
+        click.echo(json.dumps({"workload": workload.name, "load": stated, "rate_bps": rate_bps, "schemes": found}))
         return
     from rich.console import Console
 

@@ -76,6 +76,13 @@ def test_flows_of_a_pias_trace_in_their_order(tmp_path: Path) -> None:
     assert (tmp_path / "fct.srpt.csv").exists()
 
 
+def test_a_single_flow_is_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("start_s,size_bytes\n0,1000\n")
+    found = json.loads(good("--trace", str(tmp_path / "t.csv"), "--json"), parse_constant=pytest.fail)
+    assert found["load"] is None
+    assert found["schemes"]["fair"]["mean_slowdown"] == pytest.approx(1)
+
+
 def test_one_seed_one_result() -> None:
     first, second, other = (good(*WEB, "--json", "--seed", seed) for seed in ("1", "1", "2"))
     mean = [json.loads(text)["schemes"]["fair"]["mean_us"] for text in (first, second, other)]
