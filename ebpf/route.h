@@ -15,8 +15,8 @@
 #define MAX_ROUTES 64 /* bits of usable_routes; route 0 is the kernel's choice */
 #define NS_PER_MS 1000000ULL
 
-#define ROUTE_IPV4 1    /* there is a next hop for IPv4, or 0.0.0.0: the destination itself is the neighbour */
-#define ROUTE_IPV6 2    /* the same for IPv6 */
+#define ROUTE_IPV4 1    /* it serves IPv4 */
+#define ROUTE_IPV6 2    /* it serves IPv6 */
 #define ROUTE_LABEL 4   /* no next hop: a flow label instead */
 #define ROUTE_MANAGED 8 /* the interface has our program */
 
@@ -34,6 +34,7 @@ struct route {
 	__u32 interface;
 	__u32 flags;
 	__u32 flow_label;
+	__u32 on_link; /* all ones: the destination is the neighbour, and the next hops are 0 */
 	__be32 next_hop_ipv4;
 	__be32 next_hop_ipv6[4];
 };
@@ -117,6 +118,7 @@ static __always_inline int take_route(struct __sk_buff *skb, const struct packet
 	struct bpf_redir_neigh neighbour = {};
 	struct route *route;
 	__u32 number, flags;
+	int i;
 
 	if (!wanted && !flow->route)
 		return TC_ACT_UNSPEC;
@@ -138,10 +140,12 @@ static __always_inline int take_route(struct __sk_buff *skb, const struct packet
 	}
 	if (packet->ipv6) {
 		neighbour.nh_family = FAMILY_IPV6;
-		__builtin_memcpy(neighbour.ipv6_nh, route->next_hop_ipv6, sizeof(neighbour.ipv6_nh));
+#pragma unroll
+		for (i = 0; i < 4; i++)
+			neighbour.ipv6_nh[i] = route->next_hop_ipv6[i] | (packet->key.destination[i] & route->on_link);
 	} else {
 		neighbour.nh_family = FAMILY_IPV4;
-		neighbour.ipv4_nh = route->next_hop_ipv4;
+		neighbour.ipv4_nh = route->next_hop_ipv4 | (packet->key.destination[3] & route->on_link);
 	}
 	if (flags & ROUTE_MANAGED)
 		skb->tc_index = ROUTED;

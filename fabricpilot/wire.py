@@ -31,6 +31,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Bin = Annotated[int, msgspec.Meta(ge=0, lt=BINS)]
 Histogram = Annotated[dict[Bin, Count], msgspec.Meta(max_length=BINS)]
+RouteNumbers = Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=MAX_ROUTE)]], msgspec.Meta(max_length=MAX_ROUTE)]
 ThresholdBytes = Annotated[list[Count], msgspec.Meta(max_length=7)]
 
 
@@ -49,6 +50,7 @@ class FlowSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     size_bytes: Count  # payload bytes sent so far (long) or in all (finished)
     duration_us: Count  # first to last packet: the sender's view of FCT for a finished flow
     level: Count
+    route: Count = 0  # the one it takes; 0: the kernel's choice
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
@@ -63,6 +65,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     epoch: Count  # last policy epoch this host applied, 0: none
     thresholds: ThresholdBytes
     version: Text
+    routes: RouteNumbers = []  # what verdicts may choose from
 
 
 class Report(Message, frozen=True, kw_only=True, tag="report"):
@@ -81,6 +84,7 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
     long_flows: Annotated[list[FlowSummary], msgspec.Meta(max_length=MAX_LONG_FLOWS)]
     active: Count  # flows in the table
     counters: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]  # cumulative, from the data path
+    usable_routes: RouteNumbers = []  # routes that lead somewhere now
 
 
 class Policy(Message, frozen=True, kw_only=True, tag="policy"):

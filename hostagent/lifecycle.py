@@ -21,6 +21,7 @@ from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
 from hostagent.datapath.base import Datapath, Settings
+from hostagent.flow_control import FlowControl, check, open_flow_control, require
 from hostagent.qdisc import QueuePlan, install, installed, plan_queues, restore
 from hostagent.qdisc.link import find_link, link_rate_bps
 
@@ -36,6 +37,7 @@ class Scheduled:
     settings: Settings
     adopted: bool  # an agent before this one had attached it
     link_rate_bps: int  # of all NICs together; 0: not known
+    flow_control: FlowControl | None = None  # None: the data path has none
 
 
 def plan_all(config: AgentConfig, ipr: IPRoute) -> dict[str, QueuePlan]:
@@ -73,10 +75,12 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
         UsageError, KernelError: one line that says what to do; nothing is left half-attached.
     """
     plans = plan_all(config, ipr)
+    check(config)
     run_dir = Path(config.host.run_dir)
     datapath = open_datapath(config.datapath)
     with contextlib.ExitStack() as undo:
         undo.callback(datapath.close)
+        require(config, datapath)
         already = set(datapath.attached())
         if not already:
             undo.callback(datapath.detach)
@@ -95,6 +99,7 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             observe=config.datapath.observe,
         )
         datapath.apply(settings)
+        flow_control = open_flow_control(config, datapath, ipr)
         undo.pop_all()
     log.info(
         "%s data path %s on %s, thresholds %s",
@@ -103,7 +108,14 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
         ", ".join(plans),
         list(settings.thresholds.bytes),
     )
-    return Scheduled(datapath, plans, settings, adopted=bool(already), link_rate_bps=_link_rate_bps(config, ipr))
+    return Scheduled(
+        datapath,
+        plans,
+        settings,
+        adopted=bool(already),
+        link_rate_bps=_link_rate_bps(config, ipr),
+        flow_control=flow_control,
+    )
 
 
 def take_down(config: AgentConfig, ipr: IPRoute) -> list[str]:

@@ -38,6 +38,7 @@ ROUTE_DTYPE: Final = np.dtype(  # `struct route`
         ("interface", "<u4"),
         ("flags", "<u4"),
         ("flow_label", "<u4"),
+        ("on_link", "<u4"),  # all ones: the destination is the neighbour, and the next hops are 0
         ("next_hop_ipv4", "u1", 4),
         ("next_hop_ipv6", "u1", 16),
     ]
@@ -96,10 +97,7 @@ class Steering:
                 if error.errno not in (errno.E2BIG, errno.ENOMEM):
                     raise KernelError(f"cannot write a verdict: {error.strerror}") from error
                 refused += 1
-        record = self._read()
-        generation = (int(record["last_verdict_generation"][0]) + 1) % _VERDICT_GENERATIONS or 1
-        record["verdict_generation"] = record["last_verdict_generation"] = generation
-        self._write(record)
+        self._turn_verdicts()
         return refused
 
     def verdicts(self) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
@@ -120,6 +118,13 @@ class Steering:
             record["verdict_generation"] = 0
             self._write(record)
         return left
+
+    def end_verdicts_beyond(self, route: int) -> None:
+        """Remove the verdicts for routes of a higher number."""
+        keys, words = self.verdicts()
+        bpf.delete_all(self._map("verdicts"), keys[words["route"] > route])
+        if len(keys):
+            self._turn_verdicts()
 
     def set_routes(self, routes: Mapping[int, npt.NDArray[np.void]], gap_ms: int) -> None:
         """Where routes lead, ROUTE_DTYPE each, shape (); none is used before `use_routes` says so.
@@ -157,6 +162,13 @@ class Steering:
         record["usable_routes"] = record["routes_until_ns"] = 0
         self._write(record)
         bpf.delete_all(self._map("verdicts"), self.verdicts()[0])
+
+    def _turn_verdicts(self) -> None:
+        """Make every flow look again."""
+        record = self._read()
+        generation = (int(record["last_verdict_generation"][0]) + 1) % _VERDICT_GENERATIONS or 1
+        record["verdict_generation"] = record["last_verdict_generation"] = generation
+        self._write(record)
 
     def _clear_prefixes(self, slot: int) -> None:
         prefixes = self._map("prefixes")

@@ -1,0 +1,249 @@
+"""Which routes lead somewhere now: follows links and neighbours by netlink, and withdraws a route at once.
+
+    link down, gone, or too small an MTU  -> the route is withdrawn; flows on it go where the kernel sends them
+    next hop does not answer (FAILED)     -> that IP version of the route is withdrawn, and asked for again every tick
+    back again                            -> offered again; flows return in their next gap
+
+An event says only that something changed: what is, is read afresh, so lost events cost nothing but time. Routes are
+lent to the kernel for a few ticks: when the agent is gone, nobody watches, and flows return to the kernel's choice.
+"""
+
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from hostagent.datapath.steering import Steering
+from hostagent.routes.marks import MarkRoutes
+from hostagent.routes.paths import Hop, Path
+
+log = logging.getLogger(__name__)
+
+_GROUPS: Final = 0x1 | 0x4 | 0x40 | 0x400  # RTMGRP_LINK, NEIGH, IPV4_ROUTE, IPV6_ROUTE
+_NEW_LINK, _DEL_LINK, _NEW_ROUTE, _DEL_ROUTE, _NEW_NEIGHBOUR = 16, 17, 24, 25, 28
+_UP_AND_RUNNING: Final = 0x1 | 0x40  # IFF_UP, IFF_RUNNING
+_FAILED: Final = 0x20  # NUD_FAILED
+_ANSWERS: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
+_NTF_USE: Final = 0x01  # ask the neighbour now
+
+
+@dataclass(frozen=True)
+class Link:
+    """What matters of an interface."""
+
+    index: int
+    running: bool
+    mtu: int
+
+
+class RouteWatch:
+    """The routes of one host.
+
+    Args:
+        ipr: one long-lived rtnetlink socket in the data path's network namespace.
+        steering: where usable routes are told.
+        paths: the configured routes by number.
+        scheduled: names of the interfaces that carry the data path's program.
+        gap_ms: silence after which a flow may change its route.
+        lease_s: how long routes hold on without a `tick`.
+
+    Attributes:
+        socket: for a poller; call `on_event` when it is readable.
+        why_not: why a route is withdrawn, by number.
+    """
+
+    def __init__(
+        self,
+        ipr: IPRoute,
+        steering: Steering,
+        paths: Mapping[int, Path],
+        scheduled: Callable[[], list[str]],
+        gap_ms: int,
+        lease_s: float,
+    ) -> None:
+        self._ipr = ipr
+        self._steering = steering
+        self._paths = dict(paths)
+        self._scheduled = scheduled
+        self._gap_ms = gap_ms
+        self._lease_s = lease_s
+        self._told: dict[int, npt.NDArray[np.void]] = {}
+        self._silent: set[tuple[int, bytes]] = set()  # next hops that failed and have not answered since
+        self.why_not: dict[int, str] = {}
+        self.marks = MarkRoutes(ipr, {number: path.mark for number, path in self._paths.items() if path.mark})
+        # Opened first: what changes while the first state is read is not missed.
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        try:
+            self.socket.bind((0, _GROUPS))
+            self.refresh()
+        except BaseException:
+            self.socket.close()
+            raise
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the configured routes."""
+        return tuple(self._paths)
+
+    def on_event(self) -> bool:
+        """Act on what netlink has told; returns whether routing tables changed, so that marks lead elsewhere."""
+        link = neighbour = tables = False
+        for kind, body in self._messages():
+            link |= kind in (_NEW_LINK, _DEL_LINK)
+            neighbour |= kind == _NEW_NEIGHBOUR and self._concerns_a_next_hop(body)
+            tables |= kind in (_NEW_ROUTE, _DEL_ROUTE)
+        if link or neighbour:
+            self.refresh()
+        return tables or link
+
+    def tick(self) -> None:
+        """Read everything afresh, renew the lease, ask silent next hops again."""
+        self.refresh()
+        for index, address in list(self._silent):
+            with contextlib.suppress(NetlinkError):  # the interface may be gone
+                self._ipr.neigh("add", ifindex=index, dst=_text(address), flags=_NTF_USE, state=0)
+
+    def refresh(self) -> None:
+        """Read links and neighbours, and tell the kernel which routes may be used."""
+        links = self._links()
+        scheduled = set(self._scheduled())
+        managed = {links[name].index for name in scheduled if name in links}
+        least_mtu = max((links[name].mtu for name in scheduled if name in links), default=0)
+        self._follow_neighbours()
+        records: dict[int, npt.NDArray[np.void]] = {}
+        why_not: dict[int, str] = {}
+        names = {link.index: name for name, link in links.items()}
+        for number, path in self._paths.items():
+            if path.flow_label:
+                records[number] = path.label_record()
+            elif path.interface and path.interface not in links:
+                why_not[number] = f"there is no interface {path.interface}"
+            elif path.interface:
+                hop = path.hop(links[path.interface].index)
+                self._add(number, hop, path.interface, links, least_mtu, managed, records, why_not)
+        for number, hop in self.marks.hops().items():
+            self._add(number, hop, names.get(hop.interface, ""), links, least_mtu, managed, records, why_not)
+        changed = {n: record for n, record in records.items() if not _same(self._told.get(n), record)}
+        if set(self._told) - set(records):
+            self._steering.use_routes([n for n in records if n not in changed], self._lease_s)  # withdraw first
+        if changed or not self._told:
+            self._steering.set_routes(changed, self._gap_ms)
+        self._steering.use_routes(list(records), self._lease_s)
+        self._log_changes(why_not)
+        self._told, self.why_not = records, why_not
+
+    def close(self) -> None:
+        """Stop watching, so routes must not be used any more: flows return to the kernel's choice."""
+        self._steering.use_routes([], 0)
+        self.socket.close()
+
+    def _add(
+        self,
+        number: int,
+        hop: Hop,
+        name: str,
+        links: Mapping[str, Link],
+        least_mtu: int,
+        managed: set[int],
+        records: dict[int, npt.NDArray[np.void]],
+        why_not: dict[int, str],
+    ) -> None:
+        link = links.get(name)
+        if link is None or not link.running:
+            why_not[number] = f"{name or 'its interface'} is down"
+            return
+        if link.mtu < least_mtu:
+            why_not[number] = f"{name} has MTU {link.mtu}, packets of up to {least_mtu} bytes would be sent there"
+            return
+        hop = Hop(
+            hop.interface,
+            None if hop.ipv4 is not None and (hop.interface, hop.ipv4) in self._silent else hop.ipv4,
+            None if hop.ipv6 is not None and (hop.interface, hop.ipv6) in self._silent else hop.ipv6,
+        )
+        if hop.ipv4 is None and hop.ipv6 is None:
+            why_not[number] = f"its next hop behind {name} does not answer"
+            return
+        records[number] = hop.record(hop.interface in managed)
+
+    def _links(self) -> dict[str, Link]:
+        return {
+            link.get_attr("IFLA_IFNAME"): Link(
+                link["index"], link["flags"] & _UP_AND_RUNNING == _UP_AND_RUNNING, link.get_attr("IFLA_MTU") or 0
+            )
+            for link in self._ipr.get_links()
+        }
+
+    def _next_hops(self) -> set[bytes]:
+        hops = {hop for path in self._paths.values() for hop in (path.next_hop, path.next_hop6) if hop is not None}
+        return hops | {
+            a for hop in self.marks.hops().values() for a in (hop.ipv4, hop.ipv6) if a is not None and any(a)
+        }
+
+    def _follow_neighbours(self) -> None:
+        wanted = self._next_hops()
+        if not wanted:
+            self._silent.clear()
+            return
+        for family in {socket.AF_INET if len(address) == 4 else socket.AF_INET6 for address in wanted}:
+            for neighbour in self._ipr.get_neighbours(family):
+                text = neighbour.get_attr("NDA_DST")
+                address = _packed(text) if text else b""
+                if address not in wanted:
+                    continue
+                if neighbour["state"] & _FAILED:
+                    self._silent.add((neighbour["ifindex"], address))
+                elif neighbour["state"] & _ANSWERS:
+                    self._silent.discard((neighbour["ifindex"], address))
+        self._silent = {(index, address) for index, address in self._silent if address in wanted}
+
+    def _concerns_a_next_hop(self, body: bytes) -> bool:
+        if len(body) < 12:
+            return False
+        # struct ndmsg: family, padding, interface, state. The address stands in some attribute behind it.
+        state = struct.unpack_from("=BxHiH", body)[3]
+        return bool(state & (_FAILED | _ANSWERS)) and any(hop in body for hop in self._next_hops())
+
+    def _messages(self) -> Iterator[tuple[int, bytes]]:
+        while True:
+            try:
+                data = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: events were lost, so anything may have changed
+                yield _NEW_LINK, b""
+                continue
+            offset = 0
+            while offset + 16 <= len(data):
+                length, kind = struct.unpack_from("=IH", data, offset)
+                if length < 16:
+                    break
+                yield kind, data[offset + 16 : offset + length]
+                offset += (length + 3) & ~3
+
+    def _log_changes(self, why_not: Mapping[int, str]) -> None:
+        for number, why in why_not.items():
+            if self.why_not.get(number) != why:
+                log.warning("route %d is withdrawn: %s", number, why)
+        for number in self.why_not:
+            if number not in why_not:
+                log.info("route %d is usable again", number)
+
+
+def _same(before: npt.NDArray[np.void] | None, now: npt.NDArray[np.void]) -> bool:
+    return before is not None and before.tobytes() == now.tobytes()
+
+
+def _packed(text: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
