@@ -39,12 +39,11 @@ def planner(
     results = []
     for row in measure(cases, solvers or SOLVERS, mnls, seeds, deadline):
         results.append(row)
-        if not as_json:
-            click.echo(
-                f"{row['shape']:9} {row['objective']:6} seed {row['seed']} MNL {row['mnl']:3} {row['solver']:8} "
-                f"FR {row['fragment_rate']:.4f} slots {row['slots']:4} moves {row['moves']:3} {row['seconds']:6.2f} s",
-                err=True,
-            )
+        click.echo(
+            f"{row['shape']:9} {row['objective']:6} seed {row['seed']} MNL {row['mnl']:3} {row['solver']:8} "
+            f"FR {row['fragment_rate']:.4f} slots {row['slots']:4} moves {row['moves']:3} {row['seconds']:6.2f} s",
+            err=True,
+        )
     report = {"results": with_gaps(results), "deadline_s": deadline, "load": list(_load())}
     if plot:
         from central.planner.plots import draw

@@ -46,8 +46,8 @@ MAPPING = click.Path(path_type=Path)
 @click.option("--neutral", type=FILE, help="Write the moves as JSON for any orchestrator.")
 @click.option("--plot", type=FILE, help="Animate the moves (GIF).")
 @click.option("--samples", default=8, show_default=True, help="Trajectories of the learned solver.")
-@click.option("--vm-quantile", default=0.995, show_default=True, help="Share of improbable VMs that it cuts.")
-@click.option("--place-quantile", default=0.98, show_default=True, help="Share of improbable places that it cuts.")
+@click.option("--vm-quantile", default=0.98, show_default=True, help="Share of improbable VMs that it cuts.")
+@click.option("--place-quantile", default=0.95, show_default=True, help="Share of improbable places that it cuts.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json instead of a table.")
 @click.pass_context
 def plan(context: click.Context, /, **options: Any) -> None:

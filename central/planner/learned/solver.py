@@ -17,11 +17,11 @@ from central.planner.solvers.greedy import Walk
 
 @dataclass(frozen=True)
 class Options:
-    """Risk-seeking options. Quantiles as in VMR2L: the share of legal actions that is cut, the improbable ones."""
+    """Risk-seeking options. Quantiles: the share of legal actions that is cut, the improbable ones."""
 
     samples: int = 8
-    vm_quantile: float = 0.995
-    place_quantile: float = 0.98
+    vm_quantile: float = 0.98
+    place_quantile: float = 0.95
     weights: Path | None = None
 
 

@@ -43,17 +43,19 @@ def improve(
     after = Walk(problem, cluster)
     hint = flow_between(cluster, after.state.vm_place, before.state.vm_place)
     result = solve_counts(after, deadline, hint, seed)
-    if result.infeasible:
+    # The program counts a move inside one PM twice against the cap per PM: good plans, but no bound.
+    relaxed = problem.limits.per_pm is None
+    if result.infeasible and relaxed:
         return Solution(impossible=True), before
     notes: tuple[str, ...] = ()
     proven = False
     if result.flow is not None:
         done = realise(after, result.flow, deadline, seed)
-        proven = result.proven and done.complete and not done.extra
+        proven = relaxed and result.proven and done.complete and not done.extra
         if done.extra:
             notes += (f"{done.extra} extra moves through a spare place break a cycle",)
     bound = None
-    if np.isfinite(result.bound):
+    if np.isfinite(result.bound) and relaxed:
         if after.value_needed is not None:
             notes += (f"no plan of fewer than {int(np.ceil(-result.bound - 1e-6))} moves reaches the goal: proven",)
         elif not problem.objective.cost_per_gb:

@@ -18,6 +18,7 @@ SOLVERS = {
     "learned": ("learned.solver", "learned", "two-stage policy, several trajectories, the best is deployed"),
     "lns": ("solvers.neighbourhood", "neighbourhood", "large-neighbourhood search, every VM a variable of its own"),
     "beam": ("learned.beam", "beam", "beam search guided by the policy"),
+    "guided": ("learned.guided", "guided", "large-neighbourhood search on the PMs that the policy picks"),
     "pop": ("solvers.pop", "pop", "random partitions, each solved exactly"),
 }
 
