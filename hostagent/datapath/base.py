@@ -5,6 +5,7 @@ columns. An entry's counters only ever grow; when a SYN starts an entry afresh (
 changes, so (key, first_seen_ns) names one flow.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -123,6 +124,16 @@ class Datapath(Protocol):
 
     def attached(self) -> list[str]:
         """Interfaces scheduled now, also by an agent before this one; sorted."""
+
+    def release(self, interfaces: Collection[str]) -> None:
+        """Schedule packets leaving these no longer; also forgets all interfaces that are gone. Idempotent."""
+
+    def claim(self) -> None:
+        """Be the one agent that works on this data path, until `close` or the end of the process.
+
+        Raises:
+            UsageError: another one does.
+        """
 
     def detach(self) -> None:
         """Remove every trace from the kernel: filters, pins, maps. Idempotent."""

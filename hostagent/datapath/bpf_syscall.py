@@ -28,6 +28,7 @@ _OBJ_PIN: Final = 6
 _OBJ_GET: Final = 7
 _PROG_TEST_RUN: Final = 10
 _OBJ_GET_INFO_BY_FD: Final = 15
+_PROG_QUERY: Final = 16
 _MAP_LOOKUP_BATCH: Final = 24
 _MAP_DELETE_BATCH: Final = 27
 
@@ -41,6 +42,8 @@ _MAP_TYPE_ARRAY_OF_MAPS: Final = 12
 PROG_TYPE_SCHED_CLS: Final = 3
 # The smallest tc program, to see whether one may be loaded: r0 = TC_ACT_UNSPEC; exit.
 RETURN_UNSPEC: Final = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 0, 0, 0])
+
+_TCX_EGRESS: Final = 47  # of enum bpf_attach_type
 
 _SYSCALL_NUMBERS: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -120,6 +123,18 @@ class _TestRun(ctypes.Structure):  # BPF_PROG_TEST_RUN
     )
 
 
+class _ProgQuery(ctypes.Structure):  # BPF_PROG_QUERY
+    _fields_ = (
+        ("target_ifindex", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("query_flags", ctypes.c_uint32),
+        ("attach_flags", ctypes.c_uint32),
+        ("prog_ids", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
 def _bpf(command: int, attributes: ctypes.Structure) -> int:
     number = _SYSCALL_NUMBERS.get(platform.machine())
     if number is None:
@@ -161,6 +176,24 @@ def map_sizes(fd: int) -> tuple[int, int, int]:
     """Key size, value size and max_entries of a map."""
     words = _info(fd)  # struct bpf_map_info: type, id, key_size, value_size, max_entries ...
     return int(words[2]), int(words[3]), int(words[4])
+
+
+def map_shape(fd: int) -> tuple[int, ...]:
+    """Type, key size, value size, max_entries and flags of a map: what user space gave when it was made."""
+    words = _info(fd)
+    return int(words[0]), *(int(word) for word in words[2:6])
+
+
+def tcx_egress_programs(ifindex: int) -> int:
+    """How many programs are on the interface's tcx egress hook, which runs before clsact; 0 where there is no tcx."""
+    query = _ProgQuery(target_ifindex=ifindex, attach_type=_TCX_EGRESS)
+    try:
+        _bpf(_PROG_QUERY, query)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
+            return 0
+        raise
+    return int(query.count)
 
 
 def _info(fd: int) -> npt.NDArray[np.uint32]:

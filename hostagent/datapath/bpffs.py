@@ -1,6 +1,7 @@
 """The BPF file system: is a folder on one, and mount it where it belongs.
 
-Pins live there and nowhere else. systemd mounts it at /sys/fs/bpf at boot; where nobody has, the agent does.
+Pins live there and nowhere else. systemd mounts it at /sys/fs/bpf at boot; where nobody has, the agent does, under a
+name of its own (the mount's source), so that `detach` knows it again and takes it away once nobody uses it.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 STANDARD_MOUNT = Path("/sys/fs/bpf")
 _BPF_FS_MAGIC = 0xCAFE4A11
+_SOURCE = "fabricpilot"  # of the mounts that the agent makes, as /proc/mounts shows it
+_BY_THE_KERNEL = {"maps.debug", "progs.debug"}  # in every bpffs, where CONFIG_BPF_PRELOAD is on
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -25,6 +28,11 @@ def is_bpffs(path: Path) -> bool:
     if _libc.statfs(os.fsencode(path), ctypes.byref(words)) != 0:
         return False
     return (words[0] & 0xFFFFFFFF) == _BPF_FS_MAGIC
+
+
+def holds(pin_dir: Path) -> bool:
+    """Whether the folder that `pin_dir` lies in is there and on a BPF file system."""
+    return pin_dir.parent.is_dir() and is_bpffs(pin_dir.parent)
 
 
 def check_bpffs(pin_dir: Path) -> str:
@@ -80,13 +88,36 @@ def _check_mountable() -> None:
 
 
 def _mount_standard() -> None:
-    if _libc.mount(b"bpf", os.fsencode(STANDARD_MOUNT), b"bpf", 0, None) != 0:
+    if _libc.mount(_SOURCE.encode(), os.fsencode(STANDARD_MOUNT), b"bpf", 0, None) != 0:
         reason = os.strerror(ctypes.get_errno())
         raise KernelError(
             f"no BPF file system at {STANDARD_MOUNT} and mounting it failed ({reason}); "
             f"run `mount -t bpf bpf {STANDARD_MOUNT}` as root"
         )
-    log.info("mounted a BPF file system at %s, as nobody had (it stays when the data path is removed)", STANDARD_MOUNT)
+    log.info("mounted a BPF file system at %s, as nobody had", STANDARD_MOUNT)
+
+
+def unmount_if_unused(pin_dir: Path) -> bool:
+    """Take away the file system that an agent mounted for `pin_dir`, unless somebody has pinned something there since.
+
+    Returns whether it was taken away.
+    """
+    if STANDARD_MOUNT not in pin_dir.parents:
+        return False
+    mounted = next((mount for mount in _mounts() if mount[4] == str(STANDARD_MOUNT)), None)
+    if mounted is None or mounted[mounted.index("-") + 1 :][:2] != ["bpf", _SOURCE]:
+        return False
+    for folder in pin_dir.parents:  # those that `ensure_bpffs` made
+        if folder == STANDARD_MOUNT:
+            break
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    if {path.name for path in STANDARD_MOUNT.iterdir()} - _BY_THE_KERNEL:
+        return False
+    if _libc.umount2(os.fsencode(STANDARD_MOUNT), 0) != 0:
+        return False  # busy: somebody stands in it
+    log.info("unmounted the BPF file system at %s, which an agent had mounted", STANDARD_MOUNT)
+    return True
 
 
 def _netns_exec_name() -> str | None:

@@ -1,9 +1,8 @@
 """The eBPF data path: works on the program and maps pinned in a bpffs, and brings them there when they are not.
 
 Opening adopts whatever an earlier agent has left: flow table, settings and counters go on. Nothing is loaded before
-`attach` or `apply` needs it, so looking (`attached`, `flows`, `counters`) never changes the kernel. A data path of
-another version (its fingerprint differs) can be detached but not read; `attach` puts a fresh one in its place, filter
-by filter, and counts that as a fresh start: flows known until then are of unknown age, and `apply` must follow.
+`attach` or `apply` needs it, so looking (`attached`, `flows`, `counters`) never changes the kernel. Another version's
+data path is replaced in place by the first of the two (upgrade.py); it can be read as long as its maps hold the same.
 
 bcc runs in a child (ebpf_loader.py); this module uses bpf(2) and netlink only.
 """
@@ -12,7 +11,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -25,18 +24,19 @@ from fabricpilot.errors import KernelError, UsageError
 from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
-from hostagent.datapath import tc_filter
+from hostagent.datapath import tc_filter, upgrade
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable, Settings
-from hostagent.datapath.bpffs import ensure_bpffs
-from hostagent.datapath.ebpf_loader import load
+from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
+from hostagent.datapath.ebpf_loader import MAPS
 from hostagent.datapath.layout import COUNTERS_DTYPE, SETTINGS_DTYPE, name_counters, pack_settings, unpack_settings
 from hostagent.datapath.pins import Pins
-from hostagent.datapath.source import fingerprint
+from hostagent.datapath.source import fingerprint, map_layouts
 from hostagent.datapath.tc_filter import Interface
 
 log = logging.getLogger(__name__)
 
 _ZERO: Final = np.zeros(1, np.uint32)
+_READ: Final = {"flows": FLOW_STATE_DTYPE, "slots": SETTINGS_DTYPE, "counters": COUNTERS_DTYPE}
 
 
 class EbpfDatapath:
@@ -61,6 +61,8 @@ class EbpfDatapath:
         self._owner = tc_filter.owner_of(pin_dir)
         self._flow_entries = flow_entries
         self._fingerprint = fingerprint(flow_entries)
+        self._layouts = {name: layout for name, layout in map_layouts().items() if name in MAPS}
+        self._claim: int | None = None
         self._ipr: IPRoute | None = None
         self._evicted = 0
         self._last_flows = 0
@@ -83,7 +85,7 @@ class EbpfDatapath:
 
     @property
     def adopted(self) -> bool:
-        """Whether a data path of this version is in the kernel: its flows, settings and counters can be read."""
+        """Whether there is a data path in the kernel whose flows, settings and counters this version can read."""
         return self._readable() is not None
 
     def attach(self, interface: str) -> None:
@@ -106,36 +108,52 @@ class EbpfDatapath:
         pinned_program = bpf.prog_id(self._pins.program)
         return sorted(nic.name for nic, program in self._filters().items() if program == pinned_program)
 
-    def detach(self) -> None:
-        """See `Datapath.detach`. Also removes filters of ours whose pins are gone; leaves clsact that others use."""
-        if not self.pin_dir.parent.is_dir():
-            return  # no BPF file system here: nothing was ever pinned
+    def release(self, interfaces: Collection[str]) -> None:
+        """See `Datapath.release`."""
+        if not holds(self.pin_dir):
+            return
         ipr = self._netlink()
         with self._exclusive():
             self._reopen()
-            noted = self._pins.interfaces() if self._pins is not None else {}
-            for index, name in tc_filter.interface_names(ipr).items():
-                tc_filter.remove_filter(ipr, index, self._owner)
-                if noted.get(index):
-                    tc_filter.remove_clsact_if_empty(ipr, Interface(name, index))
-            self._let_go()
-            pinned.remove_directory(pinned.new_directory(self.pin_dir))
-            pinned.remove_directory(self.pin_dir)
+            if (pins := self._pins) is None:
+                return
+            names = tc_filter.interface_names(ipr)
+            for index, clsact_is_ours in pins.interfaces().items():
+                if index in names and names[index] not in interfaces:
+                    continue
+                if index in names:
+                    self._clear(Interface(names[index], index), clsact_is_ours)
+                pins.drop_interface(index)
+
+    def claim(self) -> None:
+        """See `Datapath.claim`: a lock on the folder of the pins, which goes with the process."""
+        if self._claim is not None:
+            return
+        with self._exclusive():
+            self._reopen()
+            self.pin_dir.mkdir(mode=0o700, exist_ok=True)
+            self._claim = self._locked(self.pin_dir)
+
+    def detach(self) -> None:
+        """See `Datapath.detach`. Also removes filters of ours whose pins are gone; leaves clsact that others use.
+
+        Raises:
+            UsageError: an agent is at work on this data path.
+        """
+        if holds(self.pin_dir):
+            with self._exclusive():
+                self._detach()
+        else:
+            self._clear_all({})
+        unmount_if_unused(self.pin_dir)
 
     def apply(self, settings: Settings) -> None:
         """See `Datapath.apply`; loads the data path first where it is not there yet.
 
         Costs an RCU grace period (milliseconds): a slot is filled only when no packet can still be reading it.
         """
-        packed = pack_settings(settings).reshape(1)
         with self._exclusive():
-            pins = self._ensure_loaded()
-            if self._slot_in_force(pins).tobytes() == packed.tobytes():
-                return
-            other = self._active_index(pins) ^ 1
-            bpf.wait_for_running_programs()
-            bpf.update(pins.maps["slots"], np.array([other], np.uint32), packed)
-            bpf.update(pins.maps["active"], _ZERO, np.array([other], np.uint32))
+            self._put(self._ensure_loaded(settings), settings)
 
     def settings(self) -> Settings | None:
         """See `Datapath.settings`."""
@@ -150,7 +168,9 @@ class EbpfDatapath:
             return FlowTable.empty(read_at_ns)
         # What was inserted, and neither forgotten nor read, made room for others: the kernel does not count evictions.
         # Inserts during the read hide some until the next one, so the count never runs ahead, nor back.
-        inserted = int(self._kernel_counters(pins)["flows_inserted"]) - int(pins.identity()["flows_forgotten"][0])
+        identity = pins.identity()[0]
+        inserted = int(self._kernel_counters(pins)["flows_inserted"]) + int(identity["flows_carried"])
+        inserted -= int(identity["flows_forgotten"])
         # A quarter more than last time, so that the arrays seldom have to grow while the kernel fills them.
         expected = self._last_flows + self._last_flows // 4
         keys, states = bpf.lookup_all(pins.maps["flows"], FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, expected)
@@ -183,11 +203,15 @@ class EbpfDatapath:
         named["flows_forgotten"] = int(identity["flows_forgotten"])
         named["flows_evicted"] = self._evicted  # as of the last read of the flow table
         named["fresh_starts"] = int(identity["fresh_starts"])
+        named["upgrades"] = int(identity["upgrades"])
         return named
 
     def close(self) -> None:
         """See `Datapath.close`."""
         self._let_go()
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
         if self._ipr is not None:
             self._ipr.close()
             self._ipr = None
@@ -206,6 +230,48 @@ class EbpfDatapath:
                 undo.callback(tc_filter.remove_clsact_if_empty, ipr, nic)
             tc_filter.set_filter(ipr, nic, self._owner, pins.program, program)
             undo.pop_all()
+        if before_us := bpf.tcx_egress_programs(nic.index):
+            log.warning(
+                "%s: %d tcx programs run before ours; a packet for which one of them returns anything but TCX_NEXT "
+                "stays untouched",
+                nic.name,
+                before_us,
+            )
+
+    def _detach(self) -> None:
+        self._reopen()
+        there = self.pin_dir.is_dir()
+        claim = self._locked(self.pin_dir) if there and self._claim is None else None
+        try:
+            self._clear_all(self._pins.interfaces() if self._pins is not None else {})
+            self._let_go()
+            pinned.remove_directory(pinned.new_directory(self.pin_dir))
+            pinned.remove_directory(self.pin_dir)
+        finally:
+            if claim is not None:
+                os.close(claim)
+
+    def _clear_all(self, noted: dict[int, bool]) -> None:
+        for index, name in tc_filter.interface_names(self._netlink()).items():
+            self._clear(Interface(name, index), noted.get(index, False))
+
+    def _clear(self, nic: Interface, clsact_is_ours: bool) -> None:
+        tc_filter.remove_filter(self._netlink(), nic.index, self._owner)
+        if clsact_is_ours:
+            tc_filter.remove_clsact_if_empty(self._netlink(), nic)
+
+    def _locked(self, directory: Path) -> int:
+        """A lock on a folder of pins, held until the file descriptor returned is closed."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                f"an agent is at work on the data path in {self.pin_dir}; stop it first, or choose another "
+                "datapath.pin_dir"
+            ) from None
+        return fd
 
     def _filters(self) -> dict[Interface, int]:
         """Program id behind our filter on each interface this data path was attached to, where there is one."""
@@ -218,43 +284,52 @@ class EbpfDatapath:
         return {nic: program for nic, program in programs.items() if program is not None}
 
     def _readable(self) -> Pins | None:
-        """The pinned data path if it is of this version."""
-        if self._pins is None or self._pins.identity()["fingerprint"][0].tobytes() != self._fingerprint:
+        """The pinned data path if its maps hold what this version's do."""
+        pins = self._pins
+        if pins is None or any(pins.layouts.get(name) != held for name, held in self._layouts.items()):
             return None
-        return self._pins
+        for name, dtype in _READ.items():  # the kernel writes as much as a map's value has, whatever room there is
+            if bpf.map_sizes(pins.maps[name])[1] != dtype.itemsize:
+                raise KernelError(
+                    f"map {name} in {pins.directory} and its description here differ: reinstall fabricpilot"
+                )
+        return pins
 
-    def _ensure_loaded(self) -> Pins:
-        """The pinned data path of this version; loads it, in place of another version's if there is one."""
+    def _ensure_loaded(self, settings: Settings | None = None) -> Pins:
+        """The pinned data path of this version; brings it there, in place of another version's if there is one.
+
+        With `settings` a new one acts on them from its first packet on.
+        """
         self._reopen()
-        if (pins := self._readable()) is not None:
-            return pins
-        new = pinned.new_directory(self.pin_dir)
-        filters = self._filters()
+        before = self._pins
+        if before is not None and before.identity()["fingerprint"][0].tobytes() == self._fingerprint:
+            return before
+        loaded = upgrade.load_beside(self.pin_dir, self._flow_entries, self._fingerprint, self._layouts, before)
         with ExitStack() as undo:
-            new.mkdir(mode=0o700)
-            undo.callback(pinned.remove_directory, new)
-            said = load(new, self._flow_entries)
-            try:
-                pinned.complete(new, self._fingerprint, self._pins)
-            except OSError as error:
-                raise KernelError(f"cannot pin the data path in {new}: {error.strerror}") from error
-            loaded = Pins.open(new)
-            if loaded is None:
-                raise KernelError(f"{new} vanished while the data path was loaded; is something else removing pins?")
-            undo.callback(loaded.close)
-            program = bpf.prog_id(loaded.program)
-            for nic in filters:
-                tc_filter.set_filter(self._netlink(), nic, self._owner, loaded.program, program)
+            undo.callback(loaded.abandon)
+            if settings is not None:
+                self._put(loaded.pins, settings)
+            upgrade.turn_over(self._netlink(), self._owner, list(self._filters()), before, loaded.pins)
+            claim = self._locked(loaded.pins.directory) if self._claim is not None else None
             undo.pop_all()
-        log.info("loaded the BPF program: %s instructions in %s s", said["instructions"], said["seconds"])
-        if self._pins is not None:
-            log.warning("the data path in %s was of another version: its flow table starts afresh", self.pin_dir)
         self._let_go()
-        pinned.remove_directory(self.pin_dir)
-        new.rename(self.pin_dir)
-        loaded.directory = self.pin_dir
-        self._pins = loaded
-        return loaded
+        upgrade.take_place(loaded, self.pin_dir)
+        if self._claim is not None:
+            os.close(self._claim)
+        self._claim = claim
+        self._pins = loaded.pins
+        self._evicted = 0
+        return loaded.pins
+
+    def _put(self, pins: Pins, settings: Settings) -> None:
+        """Make `settings` the ones in force, if they are not."""
+        packed = pack_settings(settings).reshape(1)
+        if self._slot_in_force(pins).tobytes() == packed.tobytes():
+            return
+        other = self._active_index(pins) ^ 1
+        bpf.wait_for_running_programs()
+        bpf.update(pins.maps["slots"], np.array([other], np.uint32), packed)
+        bpf.update(pins.maps["active"], _ZERO, np.array([other], np.uint32))
 
     def _reopen(self) -> None:
         """Look again at what is pinned: another process may have loaded or detached since."""

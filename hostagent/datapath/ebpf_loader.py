@@ -2,22 +2,28 @@
 
 Clang takes 120 MB that the agent must not keep, hence a process of its own:
 
-    python -m hostagent.datapath.ebpf_loader PIN_DIR FLOW_ENTRIES     what `load` runs
+    python -m hostagent.datapath.ebpf_loader PIN_DIR FLOW_ENTRIES [OLD_DIR MAP...]     what `load` runs
     python -m hostagent.datapath.ebpf_loader --check-bcc              only: can bcc be imported?
     python -m hostagent.datapath.ebpf_loader --check-program          only: does it compile and pass the verifier?
 
 The folder must exist, be on a bpffs, and be empty. The last line on standard output is a JSON object, {"ok": true, ...}
 or {"ok": false, "error": "one line"}; the compiler's own words go to standard error. On an error the folder is left
 as it was.
+
+The maps of OLD_DIR that are named, and are made the same way, are taken over: before the program is loaded, each gets
+the file descriptor of the new map in its place, and the program is none the wiser.
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,13 +48,22 @@ _DEBIAN_PACKAGES: Final = "/usr/lib/python3/dist-packages"
 _UAPI_DIR: Final = Path("/usr/include")
 
 
-def load(pin_dir: Path, flow_entries: int) -> dict[str, Any]:
-    """Run the loader child on an empty folder; returns what it says of its work (`instructions`, `seconds`).
+def load(
+    pin_dir: Path, flow_entries: int, old_dir: Path | None = None, agreeing: Collection[str] = ()
+) -> dict[str, Any]:
+    """Run the loader child on an empty folder; returns what it says of its work (`instructions`, `seconds`, `kept`).
+
+    Args:
+        pin_dir: the folder.
+        flow_entries: size of the flow table.
+        old_dir: folder of the data path that is replaced.
+        agreeing: its maps whose layouts agree with this version's; `kept` says which of them were taken over.
 
     Raises:
         KernelError: whatever kept it from loading, in one line.
     """
-    return _run_child(str(pin_dir), str(flow_entries))
+    old = [] if old_dir is None else [str(old_dir), *agreeing]
+    return _run_child(str(pin_dir), str(flow_entries), *old)
 
 
 def check_bcc() -> str:
@@ -111,7 +126,9 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile_and_load(flow_entries: int, pin_dir: Path | None) -> dict[str, Any]:
+def _compile_and_load(
+    flow_entries: int, pin_dir: Path | None, old_dir: Path | None = None, agreeing: Collection[str] = ()
+) -> dict[str, Any]:
     """Compile and load; pin in `pin_dir` unless it is None, in which case all is gone when the child exits."""
     started = time.monotonic()
     if not (_UAPI_DIR / "linux" / "bpf.h").exists():
@@ -123,17 +140,47 @@ def _compile_and_load(flow_entries: int, pin_dir: Path | None) -> dict[str, Any]
         module = bcc.BPF(text=program_source(flow_entries).encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
         raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
+    maps = {name: module[name.encode()].map_fd for name in MAPS}
+    kept = _take_over(maps, old_dir, agreeing) if old_dir is not None else []
     try:
         program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
     except Exception as error:
         raise KernelError(f"the kernel refused the BPF program: {error}") from error
     if pin_dir is not None:
-        _pin(pin_dir, {PROGRAM_PIN: program.fd, **{name: module[name.encode()].map_fd for name in MAPS}})
+        _pin(pin_dir, {PROGRAM_PIN: program.fd, **maps})
     return {
         "ok": True,
         "instructions": len(module.dump_func(PROGRAM.encode())) // 8,
         "seconds": round(time.monotonic() - started, 3),
+        "kept": kept,
     }
+
+
+def _take_over(maps: dict[str, int], old_dir: Path, agreeing: Collection[str]) -> list[str]:
+    """Put old maps in the place of new ones of the same make; returns the names of those that were."""
+    from hostagent.datapath import bpf_syscall as bpf
+    from hostagent.datapath.pins import kept_maps
+
+    with contextlib.ExitStack() as closing:
+        alike: dict[str, int] = {}
+        for name in set(agreeing).intersection(maps):
+            try:
+                old = bpf.obj_get(old_dir / name)
+            except OSError as error:
+                raise KernelError(f"cannot open {old_dir / name}: {error.strerror}") from error
+            closing.callback(os.close, old)
+            if bpf.map_shape(old) == bpf.map_shape(maps[name]):
+                alike[name] = old
+        kept = kept_maps(alike)
+        for name in kept:
+            os.dup2(alike[name], maps[name], inheritable=False)
+    return sorted(kept)
+
+
+def _die_with_parent() -> None:
+    """An agent that is killed takes its loader along: nothing is pinned behind the back of the next one."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _pin(pin_dir: Path, objects: dict[str, int]) -> None:
@@ -151,13 +198,15 @@ def _pin(pin_dir: Path, objects: dict[str, int]) -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    _die_with_parent()
     try:
         if arguments == ["--check-bcc"]:
             said = {"ok": True, "bcc": _import_bcc().__version__}
         elif arguments == ["--check-program"]:
             said = _compile_and_load(1024, None)
         else:
-            said = _compile_and_load(int(arguments[1]), Path(arguments[0]))
+            old_dir = Path(arguments[2]) if len(arguments) > 2 else None
+            said = _compile_and_load(int(arguments[1]), Path(arguments[0]), old_dir, arguments[3:])
     except KernelError as error:
         said = {"ok": False, "error": str(error)}
     print(json.dumps(said), flush=True)

@@ -7,6 +7,7 @@ over this and over the kernel, so the two cannot drift apart.
 
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,13 @@ class FakeDatapath:
     def attached(self) -> list[str]:
         """See `Datapath.attached`."""
         return sorted(self._interfaces)
+
+    def release(self, interfaces: Collection[str]) -> None:
+        """See `Datapath.release`."""
+        self._interfaces.difference_update(interfaces)
+
+    def claim(self) -> None:
+        """See `Datapath.claim`; nobody else can see this one."""
 
     def detach(self) -> None:
         """See `Datapath.detach`."""

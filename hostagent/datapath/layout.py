@@ -111,6 +111,6 @@ def counter_names(levels: int) -> tuple[str, ...]:
     return (*name_counters(np.zeros((), COUNTERS_DTYPE), levels), *BOOKKEEPING_COUNTERS)
 
 
-# Counted by user space: entries dropped by `forget`, entries that made room for others, and how often the flow
-# table had to be started afresh because a new version's differs.
-BOOKKEEPING_COUNTERS = ("flows_forgotten", "flows_evicted", "fresh_starts")
+# Counted by user space: entries dropped by `forget`, entries that made room for others, how often the flow table had
+# to be started afresh because a new version's differs, and how often another version took over at all.
+BOOKKEEPING_COUNTERS = ("flows_forgotten", "flows_evicted", "fresh_starts", "upgrades")

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -103,6 +104,18 @@ class NftablesDatapath:
         state = self._reload()
         present = {name for _, name in socket.if_nameindex()}
         return sorted(present.intersection(state.interfaces)) if state else []
+
+    def release(self, interfaces: Collection[str]) -> None:
+        """See `Datapath.release`."""
+        if (state := self._reload()) is None:
+            return
+        present = {name for _, name in socket.if_nameindex()}
+        kept = tuple(name for name in state.interfaces if name in present and name not in interfaces)
+        if kept != state.interfaces:
+            self._install(replace(state, interfaces=kept))
+
+    def claim(self) -> None:
+        """See `Datapath.claim`: there is one table per network namespace, and nothing to lock in it."""
 
     def detach(self) -> None:
         """See `Datapath.detach`."""

@@ -1,19 +1,21 @@
 """What is pinned: the files of one data path in a bpffs, who they belong to, and how they come and go.
 
     PIN_DIR/egress                                the program
-    PIN_DIR/flows, slots, active, counters        its maps (ebpf/)
+    PIN_DIR/flows, slots, active, counters ...    its maps (ebpf/)
     PIN_DIR/interfaces                            interface index -> whether we gave it its clsact
+    PIN_DIR/layouts                               map name -> fingerprint of what the map holds
     PIN_DIR/identity                              fingerprint, network namespace, counters of user space
 
-A new set is made complete in PIN_DIR-new and then renamed, so PIN_DIR either holds a whole data path or none. The
-last two maps are user space's own; `interfaces` is handed on from one set to the next.
+A new set is made complete in PIN_DIR-new and then renamed. `identity` is the last to come and the first to go, so a
+folder that has it holds a whole data path. The last three maps are user space's own; `interfaces` is handed on from one
+set to the next, and so is every map of the program whose layout stays (`kept_maps`).
 """
 
 import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +35,27 @@ IDENTITY_DTYPE: Final = np.dtype(
         ("fingerprint", "u1", 32),  # of sources and layouts: equal means this version can read the maps
         ("network_namespace", "<u8"),  # inode; interface indices mean nothing in another one
         ("flows_forgotten", "<u8"),
-        ("fresh_starts", "<u8"),  # how often a data path of another version was replaced here
+        ("fresh_starts", "<u8"),  # how often the flow table of another version could not be kept
+        # Only ever append here: a shorter record of an earlier version reads as zeros.
+        ("upgrades", "<u8"),  # how often another version took over in place
+        ("flows_carried", "<u8"),  # flows that were in the table when the counters last began at 0
     ]
 )
-_MAX_INTERFACES: Final = 1024
+_LAYOUT_DTYPE: Final = np.dtype([("fingerprint", "u1", 32)])
+_NAME_DTYPE: Final = np.dtype([("name", "S16")])
+MAX_INTERFACES: Final = 8192
+_MAX_MAPS: Final = 64
+
+# Maps that mean something only together: each is kept only if all of its companions are. Flows remember which rules
+# and verdicts were applied to them by generation, and `steering` counts the generations.
+_STEERING: Final = ("steering", "prefixes", "rule_sets", "verdicts")
+_COMPANIONS: Final = {
+    "flows": _STEERING,
+    "counters": ("flows",),
+    "slots": ("active",),
+    "active": ("slots",),
+    **dict.fromkeys(_STEERING, _STEERING),
+}
 _ZERO: Final = np.zeros(1, np.uint32)
 
 
@@ -46,11 +65,12 @@ class Pins:
 
     directory: Path
     program: int
-    maps: dict[str, int]
+    maps: dict[str, int]  # of another version: those that this one knows by name
+    layouts: dict[str, bytes]
 
     @classmethod
     def open(cls, directory: Path) -> "Pins | None":
-        """What is pinned in `directory`; None if there is no whole data path.
+        """What is pinned in `directory`, of whichever version; None if there is no whole data path.
 
         Raises:
             KernelError: it may not be opened.
@@ -63,9 +83,10 @@ class Pins:
                 return fd
 
             try:
-                pins = cls(directory, opened(PROGRAM_PIN), {n: opened(n) for n in (*MAPS, "interfaces", "identity")})
-                if bpf.map_sizes(pins.maps["identity"])[1] != IDENTITY_DTYPE.itemsize:
-                    raise KernelError(f"{directory} holds a data path of an unknown version; remove it by hand")
+                needed = (opened("identity"), opened("interfaces"), opened(PROGRAM_PIN))
+                maps = {"identity": needed[0], "interfaces": needed[1]}
+                maps |= {name: opened(name) for name in (*MAPS, "layouts") if (directory / name).exists()}
+                pins = cls(directory, needed[2], maps, _read_layouts(maps.get("layouts")))
             except FileNotFoundError:
                 return None
             except OSError as error:
@@ -80,9 +101,10 @@ class Pins:
 
     def identity(self) -> npt.NDArray[np.void]:
         """The IDENTITY_DTYPE record, shape (1,)."""
-        record = np.zeros(1, IDENTITY_DTYPE)
-        bpf.lookup(self.maps["identity"], _ZERO, record)
-        return record
+        there_bytes = bpf.map_sizes(self.maps["identity"])[1]
+        raw = np.zeros(max(there_bytes, IDENTITY_DTYPE.itemsize), np.uint8)
+        bpf.lookup(self.maps["identity"], _ZERO, raw)
+        return raw[: IDENTITY_DTYPE.itemsize].view(IDENTITY_DTYPE)
 
     def change_identity(self, change: Callable[[npt.NDArray[np.void]], None]) -> None:
         """Change fields of the identity; there is one agent per data path, so nobody else writes."""
@@ -97,34 +119,99 @@ class Pins:
         return {int(k): bool(v) for k, v in zip(keys["word"], values["word"], strict=True)}
 
     def note_interface(self, index: int, clsact_is_ours: bool) -> None:
-        """Remember an interface, before anything is changed on it."""
-        bpf.update(self.maps["interfaces"], np.array([index], np.uint32), np.array([clsact_is_ours], np.uint32))
+        """Remember an interface, before anything is changed on it.
+
+        Raises:
+            KernelError: there are too many.
+        """
+        try:
+            bpf.update(self.maps["interfaces"], np.array([index], np.uint32), np.array([clsact_is_ours], np.uint32))
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            most = bpf.map_sizes(self.maps["interfaces"])[2]
+            raise KernelError(f"{most} interfaces are scheduled already; that is the most one agent can") from error
 
     def drop_interface(self, index: int) -> None:
         """Forget an interface."""
         bpf.delete(self.maps["interfaces"], np.array([index], np.uint32))
 
 
-def complete(directory: Path, fingerprint: bytes, before: Pins | None) -> None:
-    """Add user space's own maps to what the loader has pinned; `before` is the data path that is replaced."""
+def _read_layouts(fd: int | None) -> dict[str, bytes]:
+    if fd is None:
+        return {}
+    names, layouts = bpf.lookup_all(fd, _NAME_DTYPE, _LAYOUT_DTYPE, _MAX_MAPS)
+    return {name.decode(): layout.tobytes() for name, layout in zip(names["name"], layouts["fingerprint"], strict=True)}
+
+
+def kept_maps(agreeing: Collection[str]) -> set[str]:
+    """Those of the maps whose layouts agree that may be kept: whatever one of them needs is kept with it."""
+    kept = set(agreeing)
+    while lonely := {name for name in kept if not kept.issuperset(_COMPANIONS.get(name, ()))}:
+        kept -= lonely
+    return kept
+
+
+def complete(
+    directory: Path, fingerprint: bytes, layouts: Mapping[str, bytes], before: Pins | None, kept: Collection[str]
+) -> None:
+    """Add user space's own maps to what the loader has pinned, `identity` last.
+
+    Args:
+        directory: the new set.
+        fingerprint: of this version.
+        layouts: what its maps hold.
+        before: the data path that is replaced.
+        kept: names of the maps that were taken over from it.
+    """
     identity = np.zeros(1, IDENTITY_DTYPE)
+    if before is None:
+        _create_pinned(directory, "interfaces", bpf.MAP_TYPE_HASH, 4, 4, MAX_INTERFACES)
+    else:
+        bpf.obj_pin(before.maps["interfaces"], directory / "interfaces")
+        identity = _successor(before, kept)
     identity["fingerprint"] = np.frombuffer(fingerprint, np.uint8)
     identity["network_namespace"] = current_network_namespace()
-    if before is not None:
-        identity["fresh_starts"] = before.identity()["fresh_starts"] + 1
-        bpf.obj_pin(before.maps["interfaces"], directory / "interfaces")
-    else:
-        _create_pinned(directory, "interfaces", bpf.MAP_TYPE_HASH, 4, _MAX_INTERFACES, None)
-    _create_pinned(directory, "identity", bpf.MAP_TYPE_ARRAY, IDENTITY_DTYPE.itemsize, 1, identity)
+    names = np.array([name.encode() for name in layouts], _NAME_DTYPE["name"]).view(_NAME_DTYPE)
+    held = np.frombuffer(b"".join(layouts.values()), _LAYOUT_DTYPE)
+    _create_pinned(directory, "layouts", bpf.MAP_TYPE_HASH, 16, 32, _MAX_MAPS, names, held)
+    zero = np.zeros(1, np.dtype([("index", "<u4")]))
+    _create_pinned(directory, "identity", bpf.MAP_TYPE_ARRAY, 4, IDENTITY_DTYPE.itemsize, 1, zero, identity)
+
+
+def _successor(before: Pins, kept: Collection[str]) -> npt.NDArray[np.void]:
+    """What of the replaced data path's identity goes on in the one that takes its place."""
+    identity = before.identity()
+    identity["upgrades"] += 1
+    if "flows" not in kept:
+        identity["fresh_starts"] += 1
+    if "counters" not in kept:
+        identity["flows_forgotten"] = 0
+        identity["flows_carried"] = _count(before.maps["flows"]) if "flows" in kept else 0
+    return identity
+
+
+def _count(fd: int) -> int:
+    key_bytes, value_bytes, _ = bpf.map_sizes(fd)
+    keys, _ = bpf.lookup_all(fd, np.dtype([("raw", "u1", key_bytes)]), np.dtype([("raw", "u1", value_bytes)]), 0)
+    return len(keys)
 
 
 def _create_pinned(
-    directory: Path, name: str, kind: int, value_size: int, entries: int, first: npt.NDArray[np.void] | None
+    directory: Path,
+    name: str,
+    kind: int,
+    key_size: int,
+    value_size: int,
+    entries: int,
+    keys: npt.NDArray[np.void] | None = None,
+    values: npt.NDArray[np.void] | None = None,
 ) -> None:
-    fd = bpf.map_create(kind, 4, value_size, entries, name)
+    fd = bpf.map_create(kind, key_size, value_size, entries, name)
     try:
-        if first is not None:
-            bpf.update(fd, _ZERO, first)
+        if keys is not None and values is not None:
+            for row in range(len(keys)):
+                bpf.update(fd, keys[row : row + 1], values[row : row + 1])
         bpf.obj_pin(fd, directory / name)
     finally:
         os.close(fd)
@@ -136,8 +223,9 @@ def new_directory(directory: Path) -> Path:
 
 
 def remove_directory(directory: Path) -> None:
-    """Unpin everything in `directory`, if it is there."""
+    """Unpin everything in `directory`, if it is there; it stops being a whole data path at once."""
     if directory.is_dir():
+        (directory / "identity").unlink(missing_ok=True)
         shutil.rmtree(directory)
 
 
@@ -146,15 +234,18 @@ def finish_interrupted_swap(directory: Path) -> None:
     new = new_directory(directory)
     if not new.is_dir():
         return
-    ready = Pins.open(new)
-    if ready is None:
-        remove_directory(new)
+    if not _is_whole(new) or _is_whole(directory):
+        remove_directory(new)  # the old one is whole, if there is one: the swap starts again from there
         return
-    ready.close()
-    if directory.exists():
-        remove_directory(new)  # the old one is whole: the swap starts again from there
-    else:
-        new.rename(directory)
+    remove_directory(directory)
+    new.rename(directory)
+
+
+def _is_whole(directory: Path) -> bool:
+    pins = Pins.open(directory)
+    if pins is not None:
+        pins.close()
+    return pins is not None
 
 
 def current_network_namespace() -> int:

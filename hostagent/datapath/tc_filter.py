@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from pyroute2 import IPRoute
+from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl import RTM_GETQDISC
+from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from fabricpilot.errors import KernelError, UsageError
+from hostagent.nics import ETHERNET_TYPES, link_named
 
 # Low, so that it runs before filters whose verdict ends the chain; odd enough that nobody else is likely to use it.
 PREFERENCE: Final = 53
@@ -24,8 +28,6 @@ _HANDLE: Final = 1
 _EGRESS: Final = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)
 _INGRESS: Final = 0xFFFFFFF2
 _CLSACT_PARENT: Final = 0xFFFFFFF1
-# Devices whose packets start with an Ethernet header: ARPHRD_ETHER, ARPHRD_LOOPBACK.
-_ETHERNET_TYPES: Final = (1, 772)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,10 @@ def find_interface(ipr: IPRoute, name: str) -> Interface:
     Raises:
         UsageError: there is none, or its packets do not start with an Ethernet header.
     """
-    links = {link.get_attr("IFLA_IFNAME"): link for link in ipr.get_links()}
-    if name not in links:
-        raise UsageError(f"interface '{name}' does not exist; there are: {', '.join(sorted(links))}")
-    if links[name]["ifi_type"] not in _ETHERNET_TYPES:
+    link = link_named(ipr, name)
+    if link["ifi_type"] not in ETHERNET_TYPES:
         raise UsageError(f"interface '{name}' is no Ethernet interface; give the Ethernet NIC that carries its packets")
-    return Interface(name, links[name]["index"])
+    return Interface(name, link["index"])
 
 
 def interface_names(ipr: IPRoute) -> dict[int, str]:
@@ -66,15 +66,23 @@ def has_clsact(ipr: IPRoute, interface: Interface) -> bool:
     Raises:
         KernelError: an ingress qdisc is in its place.
     """
-    for qdisc in ipr.get_qdiscs(interface.index):
-        if qdisc["parent"] == _CLSACT_PARENT:
-            if qdisc.get_attr("TCA_KIND") == "clsact":
-                return True
-            raise KernelError(
-                f"{interface.name} has an ingress qdisc where clsact has to go; whoever set it can use clsact instead "
-                f"(`tc qdisc del dev {interface.name} ingress` removes it)"
-            )
-    return False
+    # Mostly there is none, and one question tells. A dump lists those of all interfaces, and there may be thousands.
+    question = tcmsg()
+    question["header"]["type"], question["header"]["flags"] = RTM_GETQDISC, NLM_F_REQUEST | NLM_F_ACK
+    question["index"], question["parent"] = interface.index, _CLSACT_PARENT
+    try:
+        ipr.nlm_request_batch([question])
+    except NetlinkError as error:
+        if error.code == errno.ENOENT:
+            return False
+        raise KernelError(f"cannot list the qdiscs of {interface.name}: {error.args[1]}") from error
+    kinds = [q.get_attr("TCA_KIND") for q in ipr.get_qdiscs(interface.index) if q["parent"] == _CLSACT_PARENT]
+    if not kinds or kinds == ["clsact"]:  # none: there was one once
+        return bool(kinds)
+    raise KernelError(
+        f"{interface.name} has an ingress qdisc where clsact has to go; whoever set it can use clsact instead "
+        f"(`tc qdisc del dev {interface.name} ingress` removes it)"
+    )
 
 
 def add_clsact(ipr: IPRoute, interface: Interface) -> None:

@@ -9,12 +9,11 @@ import socket
 import struct
 from array import array
 from dataclasses import dataclass
-from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from fabricpilot.errors import UsageError
+from hostagent.nics import SCRATCH_PREFIX, link_named
 
 _SIOCETHTOOL = 0x8946
 _ETHTOOL_GSET = 1
@@ -23,8 +22,7 @@ _UNKNOWN_SPEED = 0xFFFF_FFFF
 
 # Names of temporary interfaces: fptry<process id><2 random digits>, all hexadecimal, the other end of a pair with a p.
 # The process id tells those of a process that was killed from those in use.
-_SCRATCH = re.compile(r"fptry([0-9a-f]{7})[0-9a-f]{2}")
-SCRATCH_PREFIX = "fptry"
+_SCRATCH = re.compile(SCRATCH_PREFIX + r"([0-9a-f]{7})[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -44,26 +42,6 @@ def find_link(ipr: IPRoute, interface: str) -> Link:
     """
     link = link_named(ipr, interface)
     return Link(link["index"], interface, link.get_attr("IFLA_NUM_TX_QUEUES") or 1)
-
-
-def link_named(ipr: IPRoute, interface: str) -> Any:
-    """The link message of that name: one question to the kernel, however many interfaces there are.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found = []
-    try:
-        found = ipr.link("get", ifname=interface)
-    except NetlinkError as error:
-        if error.code not in (errno.ENODEV, errno.ERANGE, errno.EINVAL):  # none, too long a name, an empty one
-            raise
-    # The kernel also finds alternative names; what is scheduled is known by its own.
-    if found and found[0].get_attr("IFLA_IFNAME") == interface:
-        return found[0]
-    names = sorted(link.get_attr("IFLA_IFNAME") for link in ipr.get_links())
-    shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
-    raise UsageError(f"interface '{interface}' does not exist; there are: {shown or 'none'}")
 
 
 def link_rate_bps(link: Link) -> int | None:
