@@ -95,3 +95,11 @@ def published(workload: str, levels: int, load: float, kind: str = "optimised") 
             f"no {kind} thresholds are published for '{workload}' with {levels} levels; there are: {', '.join(known)}"
         )
     return min(fitting, key=lambda row: abs(row.load - load) if row.load is not None else 1.0)
+
+
+def workload_of(name: str) -> str:
+    """`websearch` or `datamining`: which published thresholds belong to a distribution or trace of that name.
+
+    Names that say neither get `websearch`, the thresholds a mismatched PIAS would run with.
+    """
+    return "datamining" if "mining" in name.lower() or "vl2" in name.lower() else "websearch"

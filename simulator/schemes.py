@@ -11,7 +11,7 @@ import numpy as np
 
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import MAX_LEVELS, Thresholds, check_levels, default_thresholds
-from simulator.published import published_thresholds, workload_of
+from fabricpilot.published import published, workload_of
 from simulator.workloads.distribution import SizeDistribution
 
 ATTAINED, SIZE, REMAINING, BACKLOG, PLACED = range(5)  # what a level is found from; `rank` has the rules
@@ -118,10 +118,10 @@ def scheme(
             raise UsageError("equal-split needs the distribution of flow sizes")
         return Scheme(name, thresholds=_floats(equal_split(distribution, levels or DEFAULT_LEVELS)))
     if name == "pias-published":
-        found = published_thresholds(workload_of(workload), load, levels or DEFAULT_LEVELS)
+        found = published(workload_of(workload), levels or DEFAULT_LEVELS, load)
         return Scheme(name, thresholds=_floats(found.thresholds))
     if name in ("qlas", "qsjf") and thresholds is None:
-        given = published_thresholds("websearch", 0.8, levels or DEFAULT_LEVELS).thresholds
+        given = published("websearch", levels or DEFAULT_LEVELS, 0.8).thresholds
     basis = {"qsjf": SIZE, "backlog": BACKLOG, "backlog-sink": PLACED}.get(name, ATTAINED)
     return Scheme(name, basis=basis, thresholds=_floats(given), send_buffer_bytes=float(round(send_buffer_bytes)))
 

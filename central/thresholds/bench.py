@@ -75,9 +75,9 @@ def _row(
     sizes: "SizeDistribution", load: float, levels: int, flows: int, evaluations: int, seed: int, link: "Link"
 ) -> Row:
     from central.thresholds import exact
-    from central.thresholds.equal_split import equal_split
     from central.thresholds.simulated import measured, optimise, trace_at
     from fabricpilot.published import published
+    from simulator.schemes import equal_split
 
     trace = trace_at(sizes, load, flows, seed + _UNSEEN, link)
     best = exact.optimise(sizes, load, levels)

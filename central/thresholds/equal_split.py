@@ -2,22 +2,10 @@
 
 import time
 
-import numpy as np
-
 from central.thresholds.exact import evaluate
-from central.thresholds.optimum import Optimum, ascending, check_objective
-from fabricpilot.levels import Thresholds, check_levels
+from central.thresholds.optimum import Optimum, check_objective
+from simulator.schemes import equal_split
 from simulator.workloads.distribution import SizeDistribution
-
-
-def equal_split(sizes: SizeDistribution, levels: int) -> Thresholds:
-    """Thresholds at the quantiles 1/K, 2/K, ... of the flow sizes.
-
-    Raises:
-        UsageError: `levels` outside 2..8.
-    """
-    check_levels(levels)
-    return ascending(list(sizes.quantile(np.arange(1, levels) / levels)))
 
 
 def optimise(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from central.thresholds import exact
-from central.thresholds.equal_split import equal_split
 from central.thresholds.optimum import Optimum, check_objective
 from central.thresholds.search import search
 from fabricpilot.errors import UsageError
@@ -18,7 +17,7 @@ from fabricpilot.levels import Thresholds, check_levels
 from simulator.engine import simulate
 from simulator.physics import IDEAL, Physics
 from simulator.results import FlowResults
-from simulator.schemes import Scheme
+from simulator.schemes import Scheme, equal_split
 from simulator.topology import star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution

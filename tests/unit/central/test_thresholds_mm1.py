@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from central.thresholds import exact, mm1
-from central.thresholds.equal_split import equal_split
 from central.thresholds.equal_split import optimise as optimise_equal_split
 from central.thresholds.integrals import SizeIntegrals
 from fabricpilot.errors import UsageError
+from simulator.schemes import equal_split
 from simulator.workloads.distribution import SizeDistribution, names
 
 WEB_SEARCH = "websearch_dctcp_bytes_trafficgenerator"

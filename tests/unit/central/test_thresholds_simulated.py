@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from central.thresholds import exact
-from central.thresholds.equal_split import equal_split
 from central.thresholds.simulated import Link, measured, results, trace_at
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from fabricpilot.published import published
+from simulator.schemes import equal_split
 from simulator.workloads.distribution import SizeDistribution, names
 
 

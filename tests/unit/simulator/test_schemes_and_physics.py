@@ -6,23 +6,11 @@ import pytest
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator.physics import IDEAL, Physics, completion_s, ideal_s, slow_start_s
-from simulator.published import PUBLISHED, published_thresholds, workload_of
 from simulator.schemes import NAMES, Scheme, equal_split, scheme
 from simulator.topology import leaf_spine, star
 from simulator.workloads.distribution import SizeDistribution
 
 WEB = SizeDistribution.load("websearch_dctcp_bytes_trafficgenerator")
-
-
-def test_published_thresholds_by_workload_load_and_levels() -> None:
-    assert published_thresholds("websearch", 0.72, 8).thresholds.bytes[0] == 999 * 1460
-    assert published_thresholds("datamining", 0.8, 4).thresholds.bytes == (1024, 9216, 171_008)
-    assert published_thresholds("websearch", 0.5, 2).thresholds.bytes == (965_816,)
-    assert len(PUBLISHED) == 18
-    assert workload_of("datamining_vl2_bytes") == "datamining"
-    assert workload_of("homa_w4") == "websearch"
-    with pytest.raises(UsageError, match="3 levels"):
-        published_thresholds("websearch", 0.5, 3)
 
 
 def test_equal_split_is_the_published_one() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from fabricpilot.errors import UsageError
-from fabricpilot.published import PUBLISHED, published
+from fabricpilot.published import PUBLISHED, published, workload_of
 
 
 def test_lookup_takes_the_nearest_load() -> None:
@@ -38,3 +38,10 @@ def test_every_row_can_be_found() -> None:
 def test_says_what_there_is(workload: str, levels: int, kind: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         published(workload, levels, 0.8, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "workload"), [("datamining_vl2_bytes", "datamining"), ("VL2_CDF", "datamining"), ("homa_w4", "websearch")]
+)
+def test_workload_of_a_name(name: str, workload: str) -> None:
+    assert workload_of(name) == workload
