@@ -13,8 +13,6 @@ back. Epochs come from the clock, so those of a restarted central are above thos
 
 import logging
 import os
-import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -30,6 +28,7 @@ from central.worker import Decided, Worker
 from fabricpilot import __version__, notify
 from fabricpilot.config import CentralConfig
 from fabricpilot.control import ControlServer
+from fabricpilot.stopping import StopSignal, stop_signal
 from fabricpilot.wire import Ack, Hello, Identify, Policy, Refused
 
 log = logging.getLogger(__name__)
@@ -66,25 +65,17 @@ class Central:
         self._decision_s: deque[float] = deque(maxlen=_DECISIONS_KEPT)
         self._reports = 0
         self._reports_per_s = 0.0
-        self._stop = False
         control.answer = lambda _request: self.status()
 
     def run(self) -> None:
         """Run until SIGINT or SIGTERM."""
-        wake_read, wake_write = socket.socketpair()
-        wake_write.setblocking(False)
-        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
         log.info("central %s listens on %s, policy %s", __version__, self._link.endpoint, self._config.policy.scheme)
-        notify.ready()
-        try:
-            self._loop(wake_read)
-        finally:
-            notify.stopping()
-            signal.set_wakeup_fd(-1)
-            wake_read.close()
-            wake_write.close()
+        with stop_signal() as stop:
+            notify.ready()
+            try:
+                self._loop(stop)
+            finally:
+                notify.stopping()
 
     def handle(self, arrival: Arrival, now_s: float) -> None:
         """Act on one message from a host."""
@@ -142,15 +133,15 @@ class Central:
             ],
         }
 
-    def _loop(self, wake: socket.socket) -> None:
+    def _loop(self, stop: StopSignal) -> None:
         poller = zmq.Poller()
-        for readable in (*self._link.sockets, self._control.socket, wake):
+        for readable in (*self._link.sockets, self._control.socket, stop.wake):
             poller.register(readable, zmq.POLLIN)
         interval_s = self._config.policy.interval_s
         started_s = swept_s = time.monotonic()
         decide_at = started_s + interval_s
         worker_fd = -1
-        while not self._stop:
+        while not stop.asked:
             if worker_fd != self._worker.fileno():  # another worker, or none until the next round
                 if worker_fd >= 0:
                     poller.unregister(worker_fd)
@@ -258,9 +249,6 @@ class Central:
             "duration_p50_us": _number(group.durations.quantile(0.5, now_s)),
             "duration_p99_us": _number(group.durations.quantile(0.99, now_s)),
         }
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._stop = True
 
 
 def next_epoch(last: int, reported: Iterable[int], now_ms: int) -> int:

@@ -11,7 +11,6 @@ successful read of the kernel's maps, so that a hanging agent is restarted; the 
 
 import logging
 import os
-import signal
 import socket
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fabricpilot import __version__, notify
 from fabricpilot.config import AgentConfig
 from fabricpilot.control import ControlServer
 from fabricpilot.levels import Thresholds
+from fabricpilot.stopping import StopSignal, stop_signal
 from fabricpilot.wire import FromCentral, Hello, Policy, Refused, Report, Verdicts
 from hostagent.datapath.base import Settings
 from hostagent.lifecycle import Scheduled
@@ -68,17 +68,21 @@ class Agent:
         self._long = 0
         self._started_at = time.time()
         self._rng = np.random.default_rng()
-        self._stop = False
 
     def run(self) -> None:
         """Run until SIGINT or SIGTERM."""
-        wake_read, wake_write = socket.socketpair()
-        wake_write.setblocking(False)
-        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        with stop_signal() as stop:
+            notify.ready()
+            try:
+                self._loop(stop)
+            finally:
+                notify.stopping()
+                if self.flow_control is not None:
+                    self.flow_control.close()
+
+    def _loop(self, stop: StopSignal) -> None:
         poller = zmq.Poller()
-        poller.register(wake_read, zmq.POLLIN)
+        poller.register(stop.wake, zmq.POLLIN)
         poller.register(self.control.socket, zmq.POLLIN)
         if self.link is not None:
             poller.register(self.link.socket, zmq.POLLIN)
@@ -88,28 +92,19 @@ class Agent:
             poller.register(events, zmq.POLLIN)
         interval_s = self.config.host.report_interval_s
         due = time.monotonic() + interval_s
-        notify.ready()
-        try:
-            while not self._stop:
-                ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
-                if self.flow_control is not None and events is not None and events.fileno() in ready:
-                    self.flow_control.on_event()
-                if self.link is not None:
-                    for message in self.link.receive():
-                        self.handle(message)
-                self.control.serve()
-                if time.monotonic() >= due:
-                    self.report()
-                    notify.watchdog()
-                    # Skip the ticks missed while suspended or starved, so that reports never come in bursts.
-                    due = max(due + interval_s, time.monotonic() + interval_s / 2)
-        finally:
-            notify.stopping()
-            if self.flow_control is not None:
-                self.flow_control.close()
-            signal.set_wakeup_fd(-1)
-            wake_read.close()
-            wake_write.close()
+        while not stop.asked:
+            ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
+            if self.flow_control is not None and events is not None and events.fileno() in ready:
+                self.flow_control.on_event()
+            if self.link is not None:
+                for message in self.link.receive():
+                    self.handle(message)
+            self.control.serve()
+            if time.monotonic() >= due:
+                self.report()
+                notify.watchdog()
+                # Skip the ticks missed while suspended or starved, so that reports never come in bursts.
+                due = max(due + interval_s, time.monotonic() + interval_s / 2)
 
     def hello(self) -> Hello:
         """Who this host is, sent after every connect."""
@@ -249,9 +244,6 @@ class Agent:
         if why != self.refused:  # log what changes, not what repeats
             log.warning("%s", why)
         self.refused = why
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._stop = True
 
 
 def host_name(config: AgentConfig) -> str:
