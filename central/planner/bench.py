@@ -24,6 +24,7 @@ SOLVERS = ("greedy", "packing", "pop", "swap", "lns", "beam", "learned", "exact"
 @click.option("--seeds", default=1, show_default=True, help="Mappings per shape.")
 @click.option("--deadline", default=5.0, show_default=True, help="Seconds per plan.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw figures into this folder.")
+@click.option("--policy-cost", is_flag=True, help="Only: what the policy costs as clusters grow.")
 @click.option("--json", "as_json", is_flag=True)
 def planner(
     shapes: tuple[str, ...],
@@ -32,9 +33,16 @@ def planner(
     seeds: int,
     deadline: float,
     plot: Path | None,
+    policy_cost: bool,
     as_json: bool,
 ) -> None:
     """Run solvers on seeded mappings: FR, slots, gap to the bound, seconds, moves."""
+    if policy_cost:
+        from central.planner.learned.cost import growth
+
+        for line in growth():
+            click.echo(json.dumps(line) if as_json else "  ".join(f"{key} {value}" for key, value in line.items()))
+        return
     cases = [case for case in CASES if not shapes or case[0] in shapes]
     results = []
     for row in measure(cases, solvers or SOLVERS, mnls, seeds, deadline):

@@ -250,10 +250,11 @@ def generate(shape: str, level: str | None, seed: int, out: Path) -> None:
 @click.option("--out", type=FILE, required=True, help="Weights to write, .npz; a checkpoint every few minutes.")
 @click.option("--updates", default=1200, show_default=True, help="Of the distillation from the exact solver.")
 @click.option("--iterations", default=0, show_default=True, help="Of PPO after that.")
-@click.option("--start", type=FILE, help="Weights to go on from; skips the distillation.")
+@click.option("--rate", default=1e-3, show_default=True, help="Learning rate of the distillation at its start.")
+@click.option("--start", type=FILE, help="Weights to go on from.")
 @click.option("--threads", default=1, show_default=True, help="1: the same weights for the same seed.")
 @click.option("--seed", default=0, show_default=True)
-def train(out: Path, updates: int, iterations: int, start: Path | None, threads: int, seed: int) -> None:
+def train(out: Path, updates: int, iterations: int, rate: float, start: Path | None, threads: int, seed: int) -> None:
     """Train the policy: distillation from the exact solver, then PPO."""
     import torch
 
@@ -262,12 +263,10 @@ def train(out: Path, updates: int, iterations: int, start: Path | None, threads:
 
     torch.set_num_threads(threads)
     warm_up()
-    before: dict[str, Any] = {}
-    if start:
-        policy, before = weights.load(start)
-    else:
-        settings = distill.Settings(updates=updates, seed=seed)
-        policy = distill.distill(settings, out, report=click.echo)
-        before = {"algorithm": "distill", "updates": updates, "seed": seed}
+    policy, before = weights.load(start) if start else (None, {})
+    if updates:
+        settings = distill.Settings(updates=updates, learning_rate=rate, seed=seed)
+        policy = distill.distill(settings, out, policy, click.echo, before)
+        before = {"algorithm": "distill", "updates": updates, "rate": rate, "seed": seed, "before": before}
     if iterations:
         ppo.train(ppo.Settings(iterations=iterations, seed=seed), out, policy, click.echo, before=before)

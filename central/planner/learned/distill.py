@@ -148,7 +148,11 @@ def vary(problem: Problem, settings: Settings, random: np.random.Generator) -> P
 
 
 def distill(
-    settings: Settings, out: Path, policy: Policy | None = None, report: Callable[[str], None] = print
+    settings: Settings,
+    out: Path,
+    policy: Policy | None = None,
+    report: Callable[[str], None] = print,
+    before: dict[str, object] | None = None,
 ) -> Policy:
     """Train; a checkpoint goes to `out` every 100 updates. Deterministic by the seed on one thread."""
     torch.manual_seed(settings.seed)
@@ -185,6 +189,6 @@ def distill(
             report(f"update {update} vm {smooth[0]:.3f} place {smooth[1]:.3f} {time.monotonic() - started:.0f} s")
         if update % 100 == 0 or update == settings.updates:
             record = {"algorithm": "distill", "updates": update, "seconds": round(time.monotonic() - started)}
-            weights.save(policy, out, record | {"settings": settings.__dict__})
+            weights.save(policy, out, record | {"settings": settings.__dict__, "before": before})
     policy.eval()
     return policy

@@ -63,6 +63,15 @@ class Observer:
             self.members[int(self.host[vm])].append(vm)
         self._refresh(range(len(cluster.mapping.pms)))
 
+    def fork(self, state: State, tables: GainTables) -> "Observer":
+        """The same features for a forked walk, whose state and tables these are."""
+        twin = object.__new__(Observer)
+        twin.__dict__.update(self.__dict__)
+        twin.state, twin.tables, twin.own = state, tables, False
+        twin.vm, twin.pm, twin.host = self.vm.copy(), self.pm.copy(), self.host.copy()
+        twin.members = [list(vms) for vms in self.members]
+        return twin
+
     def moved(self, vm: int, source_pm: int, target_pm: int) -> None:
         """Note that `vm` has gone from one PM to another (or within one): the state already shows it."""
         self.members[source_pm].remove(vm)

@@ -63,6 +63,10 @@ class Tokens:
         self.policy = policy
         self.vm, self.pm = policy.encode_all(batch_of([observer.observe(0.0) for observer in observers]))
 
+    def follow(self, parents: Sequence[int]) -> None:
+        """From now on row i continues what was row `parents[i]`."""
+        self.vm, self.pm = self.vm[list(parents)], self.pm[list(parents)]
+
     def refresh(self, changed: list[tuple[int, Observer, int]]) -> None:
         """Encode anew the trees (walk, its observer, PM) that a move has changed."""
         leaves = max(1, max(len(observer.members[pm]) for _, observer, pm in changed))
