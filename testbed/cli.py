@@ -9,6 +9,7 @@ import click
 from fabricpilot.config import parse_rate
 from fabricpilot.errors import FabricpilotError, UsageError
 from fabricpilot.options import json_option, print_json
+from testbed.transport.cli import transport
 
 if TYPE_CHECKING:
     from testbed.experiment import Outcome
@@ -20,6 +21,9 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 @click.group()
 def testbed() -> None:
     """Run real traffic through a star of network namespaces, and time every flow (root)."""
+
+
+testbed.add_command(transport)
 
 
 def plan_options(command: CommandT) -> CommandT:
