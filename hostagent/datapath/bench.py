@@ -33,9 +33,7 @@ def dataplane(repeat: int, rounds: int, flows: int, as_json: bool) -> None:
         click.echo(json.dumps(result))
         return
     for name, value in result["ns_per_packet"].items():
-        click.echo(
-            f"{name:>16}  {value:6d} ns per packet" + ("" if name == "empty" else ", net of the empty program")
-        )
+        click.echo(f"{name:>16}  {value:6d} ns per packet" + ("" if name == "empty" else ", net of the empty program"))
     click.echo(f"{'read':>16}  {result['read_ms']:6.1f} ms for {result['flows']} flows")
     click.echo(f"{'agent':>16}  {result['agent_rss_mb']:6.1f} MB resident after adopting")
     click.echo(f"{'load':>16}  {result['load_s']:6.2f} s to compile, load and pin")
