@@ -132,6 +132,10 @@ class _ProgQuery(ctypes.Structure):  # BPF_PROG_QUERY
         ("prog_ids", ctypes.c_uint64),
         ("count", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
+        ("prog_attach_flags", ctypes.c_uint64),
+        ("link_ids", ctypes.c_uint64),
+        ("link_attach_flags", ctypes.c_uint64),
+        ("revision", ctypes.c_uint64),  # a kernel with tcx writes this one, however small the struct it was given
     )
 
 
