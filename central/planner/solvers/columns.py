@@ -346,7 +346,7 @@ class Master:
 def fewest(
     state: State, valuation: Valuation, limits: Limits, value_needed: float, deadline: Deadline, seed: int
 ) -> Result:
-    """The fewest moves that reach a value: bisection over MNL, each proven by its bound.
+    """The fewest moves that reach a value: the most value with trial numbers of moves, each proven by its bound.
 
     The columns stay from one MNL to the next; only the master's limit changes. Value and bound of the result are minus
     the number of moves.
@@ -366,11 +366,9 @@ def fewest(
             low = trial + 1
         else:
             break  # neither found nor excluded: too little time, or a gap
-        # Value per move is nearly constant, so aim where it points rather than at the middle.
+        # Value per move is nearly constant, so the answer is near: aim where it points, then go down one at a time.
         rate = max((result.value - before) / max(1, trial), 1e-9)
-        trial = min(
-            high, max(low, int(np.floor((value_needed - before) / rate)) if flow is None else (low + high) // 2)
-        )
+        trial = high if flow is not None else min(high, max(low, int(np.ceil((value_needed - before) / rate))))
     if flow is None:
         return Result(None, -INFINITY, -float(low), False, low > limits.mnl)
     return Result(flow, -float(flow.moves), -float(low), low > high)

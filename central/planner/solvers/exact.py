@@ -56,9 +56,10 @@ def improve(
             notes += (f"{done.extra} extra moves through a spare place break a cycle",)
     bound = None
     if np.isfinite(result.bound) and relaxed:
-        if after.value_needed is not None:
-            notes += (f"no plan of fewer than {int(np.ceil(-result.bound - 1e-6))} moves reaches the goal: proven",)
-        elif not problem.objective.cost_per_gb:
+        least = int(np.ceil(-result.bound - 1e-6))
+        if after.value_needed is not None and least > 1:
+            notes += (f"no plan of fewer than {least} moves reaches the goal: proven",)
+        if after.value_needed is None and not problem.objective.cost_per_gb:
             bound = max(0.0, after.valuation.objective(result.bound))
     best = after if better(after, before) else before
     return Solution(tuple(best.steps), bound, notes, proven), best
@@ -100,7 +101,7 @@ def solve_counts(walk: Walk, deadline: Deadline, hint: Flow | None, seed: int) -
             return Result(Flow({}, {}), 0.0, 0.0, True)
         if by_pm:
             result = columns.fewest(state, valuation, limits, walk.value_needed, deadline.part(0.9), seed)
-            if result.proven or result.infeasible:
+            if result.flow is not None or result.infeasible:
                 return result
         program = Grouped(state, valuation, limits, value_needed=walk.value_needed)
         return program.solve(deadline.left_s * 0.9, hint=hint, threads=THREADS, seed=seed)

@@ -30,7 +30,7 @@ def small():
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("objective", ["fr", "mixed", "multi", "fr-goal:0.3"])
 def test_plans_are_legal_and_no_worse(small, pose, name, objective):
-    plan = make_plan(pose(small, 12, objective), name, 1.5, seed=3)
+    plan = make_plan(pose(small, 12, objective), name, 1.0, seed=3)
     assert plan.final.fragment_rate <= plan.initial.fragment_rate + 1e-12
     assert len(plan.moves) <= 12
     if plan.bound is not None:
@@ -146,8 +146,8 @@ def test_affinity_is_kept_where_it_binds(build, pose):
     apart = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})], [[0, 1]])
     free = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})])
     for name in SOLVERS:
-        assert make_plan(pose(free, 1), name, 1.0).final.slots == 1
-        assert make_plan(pose(apart, 1), name, 1.0).final.slots == 0
+        assert make_plan(pose(free, 1), name, 0.5).final.slots == 1
+        assert make_plan(pose(apart, 1), name, 0.5).final.slots == 0
 
 
 def test_make_room(build, pose):
