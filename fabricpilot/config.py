@@ -38,7 +38,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class HostSection(Section, frozen=True, kw_only=True):
     """`[host]`: which server this is and which of its NICs are scheduled."""
 
-    interfaces: list[str] = []  # NICs to schedule, for example ["eth0"]; at least one is needed to run
+    interfaces: list[str] = []  # to schedule: names and shell patterns, ["eth0", "veth*"]; at least one is needed
+    wait_for_interfaces: bool = False  # false: one that is named and missing at start is an error; true: wait for it
     name: str = ""  # name towards central; empty: the machine's host name
     group: str = "default"  # hosts of one group get the same thresholds
     report_interval_s: float = 1.0  # seconds between reports to central, 0.1 to 60
@@ -100,6 +101,9 @@ class QueuesSection(Section, frozen=True, kw_only=True):
 
     kind: Literal["auto", "prio", "htb", "pfifo_fast", "none"] = "auto"  # none: tag only, leave qdiscs alone
     link_rate: str = ""  # for htb, for example "10Gbit"; empty: what the NIC says
+    tag_only: list[str] = msgspec.field(  # interfaces that are tagged and keep their queues, unless named in full
+        default_factory=lambda: ["veth*", "cali*", "lxc*", "tap*", "vnet*"]
+    )
     replace_foreign: bool = False  # true: also replace a qdisc that somebody configured (it is restored on detach)
 
 

@@ -5,8 +5,9 @@ One thread and one poller; nothing here is on a packet's way. Every interval:
     flows -> observe -> report -> link          (the report is also the heartbeat)
     flows that ended a while ago -> datapath.forget
 
-and whenever the link has something: policy -> thresholds -> datapath.apply. The systemd watchdog is fed after a
-successful read of the kernel's maps, so that a hanging agent is restarted; the data path goes on without it.
+and whenever the link has something: policy -> thresholds -> datapath.apply; whenever a network interface comes, goes or
+changes: roster -> data path and queues. The systemd watchdog is fed after a successful read of the kernel's maps, so
+that a hanging agent is restarted; the data path goes on without it.
 """
 
 import logging
@@ -29,10 +30,12 @@ from hostagent.datapath.base import Settings
 from hostagent.lifecycle import Scheduled
 from hostagent.link import HostLink
 from hostagent.observe import Observation, observe
+from hostagent.roster import Roster
 
 log = logging.getLogger(__name__)
 
 _NS_PER_S = 1_000_000_000
+_PAUSE_MS = 20  # between rounds of work on many interfaces
 
 
 class Agent:
@@ -53,6 +56,7 @@ class Agent:
         self.datapath = scheduled.datapath
         self.settings: Settings = scheduled.settings
         self.flow_control = scheduled.flow_control
+        self.roster = scheduled.roster
         self.name = host_name(config)
         self.control = control
         self.link = link
@@ -79,6 +83,8 @@ class Agent:
                 notify.stopping()
                 if self.flow_control is not None:
                     self.flow_control.close()
+                if self.roster is not None:
+                    self.roster.watch.close()
 
     def _loop(self, stop: StopSignal) -> None:
         poller = zmq.Poller()
@@ -90,10 +96,17 @@ class Agent:
         events = self.flow_control.socket if self.flow_control is not None else None
         if events is not None:
             poller.register(events, zmq.POLLIN)
+        if self.roster is not None:
+            poller.register(self.roster.watch.fileno(), zmq.POLLIN)
         interval_s = self.config.host.report_interval_s
         due = time.monotonic() + interval_s
         while not stop.asked:
-            ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
+            wait_ms = max(0, int((due - time.monotonic()) * 1000))
+            if self.roster is not None and self.roster.busy:
+                wait_ms = min(wait_ms, _PAUSE_MS)
+            ready = dict(poller.poll(wait_ms))
+            if self.roster is not None:
+                self._follow_interfaces(self.roster, self.roster.watch.fileno() in ready)
             if self.flow_control is not None and events is not None and events.fileno() in ready:
                 self.flow_control.on_event()
             if self.link is not None:
@@ -108,14 +121,14 @@ class Agent:
 
     def hello(self) -> Hello:
         """Who this host is, sent after every connect."""
-        queues = next(iter(self.scheduled.queues.values()))
+        kinds = sorted({plan.kind for plan in self.scheduled.queues.values() if plan.kind != "none"})
         return Hello(
             host=self.name,
             group=self.config.host.group,
             levels=self.settings.thresholds.levels,
             backend=self.datapath.name,
-            queues=queues.kind,
-            link_rate_bps=self.scheduled.link_rate_bps,
+            queues=", ".join(kinds) or "none",
+            link_rate_bps=self.roster.link_rate_bps if self.roster else self.scheduled.link_rate_bps,
             epoch=self.epoch,
             thresholds=list(self.settings.thresholds.bytes),
             version=__version__,
@@ -136,6 +149,8 @@ class Agent:
             self.datapath.forget(seen.leaving_keys)
         if self.flow_control is not None:
             self.flow_control.tick()
+        if self.roster is not None:
+            self.roster.look_after_one()
         message = self._report_message(seen, counters)
         if self.link is not None:
             self.link.send(message)
@@ -167,7 +182,7 @@ class Agent:
             "uptime_s": round(time.time() - self._started_at, 1),
             "datapath": {
                 "backend": self.datapath.name,
-                "interfaces": self.datapath.attached(),
+                "interfaces": self.roster.names if self.roster is not None else self.datapath.attached(),
                 "adopted": self.scheduled.adopted,
                 "thresholds": list(self.settings.thresholds.bytes),
                 "dscp": list(self.settings.dscp),
@@ -176,7 +191,12 @@ class Agent:
                 "read_s": round(self._read_s, 6),
                 "counters": self.datapath.counters(),
             },
-            "queues": {name: {"kind": plan.kind, "why": plan.why} for name, plan in self.scheduled.queues.items()},
+            "interfaces": self.roster.status() if self.roster is not None else {},
+            "queues": {
+                name: {"kind": plan.kind, "why": plan.why}
+                for name, plan in sorted(self.scheduled.queues.items())
+                if plan.kind != "none" or not self.roster
+            },
             "policy": {
                 "epoch": self.epoch,
                 "stale": self._stale(),
@@ -185,6 +205,17 @@ class Agent:
             "flow_control": self.flow_control.status() if self.flow_control is not None else {},
             "link": link,
         }
+
+    def _follow_interfaces(self, roster: Roster, told: bool) -> None:
+        if told:
+            roster.on_event()
+        rate_bps = roster.link_rate_bps
+        roster.step()
+        if roster.priority not in (None, self.settings.priority):  # the first interface that has queues
+            self.settings = replace(self.settings, priority=roster.priority)
+            self.datapath.apply(self.settings)
+        if roster.link_rate_bps != rate_bps and self.link is not None:
+            self.link.send(self.hello())
 
     def _report_message(self, seen: Observation, counters: dict[str, int]) -> Report:
         now_ns = time.monotonic_ns()

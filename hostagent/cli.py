@@ -97,6 +97,7 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
             control.answer = lambda _request: running.status()
             running.run()
             if config.host.detach_on_exit:
+                scheduled.datapath.close()  # lets go of its claim
                 for line in take_down(config, ipr):
                     logging.getLogger("hostagent").info("%s", line)
 

@@ -1,16 +1,17 @@
 """Bring a host under scheduling, and take it out again: data path and queues of all its NICs together.
 
-    bring_up: check -> plan the queues -> attach the data path (no settings yet: packets pass untouched)
-              -> build the queues -> apply the settings (from here on packets are tagged)
+    bring_up:  check -> plan the queues -> attach the data path (no settings yet: packets pass untouched)
+               -> build the queues -> apply the settings (from here on packets are tagged)
+    take_down: filters, clsact and pins -> queues of every interface there is a record of -> temporary interfaces
 
 Whatever fails on the way undoes what this call did, so nothing stays half-attached; what an earlier agent left
-running is adopted, and never undone by a failure of ours.
+running is adopted, and never undone by a failure of ours. An agent that is killed on the way leaves what the next one,
+or a `take_down`, finishes. Interfaces that only a pattern selects, or that are waited for, are roster.py's.
 """
 
 import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -22,8 +23,13 @@ from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
 from hostagent.datapath.base import Datapath, Settings
 from hostagent.flow_control import FlowControl, check, open_flow_control, require
-from hostagent.qdisc import QueuePlan, install, installed, plan_queues, restore
-from hostagent.qdisc.link import find_link, link_rate_bps
+from hostagent.nics import LinkWatch
+from hostagent.qdisc import QueuePlan, install, installed, make_plan, plan_queues, restore, supported_kinds
+from hostagent.qdisc.install import drop_records_of_missing
+from hostagent.qdisc.link import find_link, link_rate_bps, remove_abandoned_links
+from hostagent.qdisc.snapshot import recorded
+from hostagent.roster import Roster, common_priority, shortened
+from hostagent.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +39,60 @@ class Scheduled:
     """A host under scheduling: the data path in force and the queues of each NIC."""
 
     datapath: Datapath
-    queues: Mapping[str, QueuePlan]
+    queues: dict[str, QueuePlan]  # the roster keeps it up to date
     settings: Settings
     adopted: bool  # an agent before this one had attached it
     link_rate_bps: int  # of all NICs together; 0: not known
     flow_control: FlowControl | None = None  # None: the data path has none
+    roster: Roster | None = None  # None: the NICs stay as they are
+
+
+class QueuePlanner:
+    """The queues an interface is to get, by the configuration and what this kernel has."""
+
+    def __init__(self, config: AgentConfig, ipr: IPRoute) -> None:
+        self._config = config
+        self._ipr = ipr
+        self._selection = Selection.of(config)
+        self._supported: frozenset[str] | None = None
+
+    def __call__(self, interface: str) -> QueuePlan:
+        """The plan; changes nothing.
+
+        Raises:
+            UsageError, KernelError: the queues cannot be built as configured.
+        """
+        queues, levels = self._config.queues, self._config.datapath.levels
+        if self._selection.is_tag_only(interface):
+            return replace(make_plan("none", frozenset(), levels), why="none: queues.tag_only fits its name")
+        if self._config.datapath.observe:  # packets keep their order, too
+            queues = msgspec.structs.replace(queues, kind="none")
+        if self._supported is None and queues.kind != "none":
+            self._supported = supported_kinds(self._ipr)
+        return plan_queues(interface, queues, levels, self._ipr, self._supported)
 
 
 def plan_all(config: AgentConfig, ipr: IPRoute) -> dict[str, QueuePlan]:
-    """The queues each configured NIC would get; changes nothing.
+    """The queues each NIC that is configured by name would get; changes nothing.
 
     Raises:
-        UsageError: no NIC configured, a NIC that does not exist, or queues that cannot be built as configured.
+        UsageError: no NIC configured, one that does not exist (unless it is waited for), or queues that cannot be
+            built as configured.
     """
-    interfaces = config.host.interfaces
-    if not interfaces:
-        raise UsageError("no interface to schedule; give --interface NAME or set interfaces in [host]")
-    if len(set(interfaces)) != len(interfaces):
-        raise UsageError(f"host.interfaces = {interfaces} names an interface twice")
+    selection = Selection.of(config)
     present = {link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
-    for interface in interfaces:
-        if interface not in present:
-            raise UsageError(f"interface '{interface}' does not exist; there are: {', '.join(sorted(present))}")
-    queues = config.queues
-    if config.datapath.observe:  # packets keep their order, too
-        queues = msgspec.structs.replace(queues, kind="none")
-    plans = {name: plan_queues(name, queues, config.datapath.levels, ipr) for name in interfaces}
-    kinds = {plan.kind for plan in plans.values()}
-    if len({plan.priority for plan in plans.values()}) > 1:
+    for name in selection.names:
+        if name not in present and not config.host.wait_for_interfaces:
+            raise UsageError(
+                f"interface '{name}' does not exist; there are: {shortened(sorted(present))} "
+                "(host.wait_for_interfaces = true waits for it)"
+            )
+    planner = QueuePlanner(config, ipr)
+    plans = {name: planner(name) for name in selection.names if name in present}
+    with_queues = [plan for plan in plans.values() if plan.kind != "none"]
+    if len({plan.priority for plan in with_queues}) > 1:
         # One vector of skb->priority serves all NICs, so their qdiscs must read it alike.
+        kinds = {plan.kind for plan in with_queues}
         raise UsageError(
             f"the NICs would get different queues ({', '.join(sorted(kinds))}); set queues.kind to one kind"
         )
@@ -69,7 +100,7 @@ def plan_all(config: AgentConfig, ipr: IPRoute) -> dict[str, QueuePlan]:
 
 
 def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
-    """Schedule all configured NICs, adopting what an earlier agent left.
+    """Schedule all NICs configured by name, adopting what an earlier agent left; the roster does the others.
 
     Raises:
         UsageError, KernelError: one line that says what to do; nothing is left half-attached.
@@ -82,30 +113,37 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
         undo.callback(datapath.close)
         require(config, datapath)
         already = set(datapath.attached())
+        datapath.claim()
         if not already:
             undo.callback(datapath.detach)
+        remove_abandoned_links(ipr)
         before = datapath.settings()
+        settings = Settings(
+            thresholds=_thresholds(config, before),
+            dscp=config.dscp,
+            priority=common_priority(plans) or (before.priority if before else (0,) * config.datapath.levels),
+            respect_dscp=config.datapath.respect_dscp,
+            observe=config.datapath.observe,
+        )
+        if already:  # if another version's takes its place, it is to go on tagging
+            datapath.apply(settings)
         for name, plan in plans.items():
             datapath.attach(name)
             if installed(name, ipr, run_dir) is None:
                 undo.callback(restore, name, ipr, run_dir)
             install(plan, name, ipr, run_dir)
             log.info("%s: queues %s: %s", name, plan.kind, plan.why)
-        settings = Settings(
-            thresholds=_thresholds(config, before),
-            dscp=config.dscp,
-            priority=next(iter(plans.values())).priority,
-            respect_dscp=config.datapath.respect_dscp,
-            observe=config.datapath.observe,
-        )
         datapath.apply(settings)
         flow_control = open_flow_control(config, datapath, ipr)
+        if flow_control is not None:
+            undo.callback(flow_control.close)
+        roster = _roster(config, datapath, plans, ipr)
         undo.pop_all()
     log.info(
         "%s data path %s on %s, thresholds %s",
         datapath.name,
         "adopted" if already else "attached",
-        ", ".join(plans),
+        ", ".join(plans) or "no interface yet",
         list(settings.thresholds.bytes),
     )
     return Scheduled(
@@ -113,14 +151,19 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
         plans,
         settings,
         adopted=bool(already),
-        link_rate_bps=_link_rate_bps(config, ipr),
+        link_rate_bps=roster.link_rate_bps,
         flow_control=flow_control,
+        roster=roster,
     )
 
 
 def take_down(config: AgentConfig, ipr: IPRoute) -> list[str]:
-    """Remove every trace of the data path and restore the queues; returns what was done, one line each. Idempotent."""
+    """Remove every trace of the data path and restore the queues; returns what was done, one line each. Idempotent.
+
+    Finishes what a killed agent, or a killed `take_down`, has left.
+    """
     done = []
+    run_dir = Path(config.host.run_dir)
     datapath = open_datapath(config.datapath)
     try:
         interfaces = datapath.attached()
@@ -128,19 +171,42 @@ def take_down(config: AgentConfig, ipr: IPRoute) -> list[str]:
     finally:
         datapath.close()
     if interfaces:
-        done.append(f"{datapath.name} data path removed from {', '.join(interfaces)}")
-    for name in dict.fromkeys([*interfaces, *config.host.interfaces]):
-        if restore(name, ipr, Path(config.host.run_dir)):
+        done.append(f"{datapath.name} data path removed from {shortened(interfaces)}")
+    names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
+    with_records = [names[index] for index in recorded(run_dir) if index in names]
+    configured = [name for name in config.host.interfaces if name in names.values()]
+    for name in dict.fromkeys([*interfaces, *with_records, *configured]):
+        if restore(name, ipr, run_dir):
             done.append(f"{name}: queues restored")
+    drop_records_of_missing(run_dir, names)
+    done += [f"{name}: temporary interface of a killed agent removed" for name in remove_abandoned_links(ipr)]
     return done
 
 
-def _link_rate_bps(config: AgentConfig, ipr: IPRoute) -> int:
-    """What the NICs can send together, as configured or as they report; 0 if one of them does not say."""
-    if config.queues.link_rate:
-        return parse_rate(config.queues.link_rate) * len(config.host.interfaces)
-    rates = [link_rate_bps(find_link(ipr, name)) for name in config.host.interfaces]
-    return sum(rate for rate in rates if rate) if all(rates) else 0
+def _roster(config: AgentConfig, datapath: Datapath, queues: dict[str, QueuePlan], ipr: IPRoute) -> Roster:
+    def rate_bps(interface: str) -> int:
+        if config.queues.link_rate:
+            return parse_rate(config.queues.link_rate)
+        try:
+            return link_rate_bps(find_link(ipr, interface)) or 0
+        except UsageError:  # gone already
+            return 0
+
+    watch = LinkWatch()
+    try:
+        return Roster(
+            Selection.of(config),
+            datapath,
+            queues,
+            QueuePlanner(config, ipr),
+            rate_bps,
+            ipr,
+            watch,
+            Path(config.host.run_dir),
+        )
+    except BaseException:
+        watch.close()
+        raise
 
 
 def _thresholds(config: AgentConfig, before: Settings | None) -> Thresholds:

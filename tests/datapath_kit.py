@@ -6,10 +6,12 @@ would have left the NIC.
 
 import ctypes
 import ipaddress
+import json
 import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +78,29 @@ def start_agent(code: str, *arguments: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         text=True,
     )
+
+
+def bpf_objects(*pin_dirs: Path) -> set[tuple[str, int]]:
+    """Kind and id of the programs and maps that are pinned in some folders, and of the maps those programs use."""
+    found = set()
+    for pin in [path for directory in pin_dirs if directory.is_dir() for path in directory.iterdir()]:
+        kind = "prog" if pin.name == "egress" else "map"
+        said = json.loads(run("bpftool", "-j", kind, "show", "pinned", str(pin)))
+        found |= {(kind, said["id"]), *(("map", map_id) for map_id in said.get("map_ids", ()))}
+    return found
+
+
+def wait_until_freed(objects: set[tuple[str, int]], seconds: float = 10.0) -> None:
+    """The kernel frees programs and maps an RCU grace period after their last user has gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        there = {
+            (kind, entry["id"]) for kind in ("prog", "map") for entry in json.loads(run("bpftool", "-j", kind, "list"))
+        }
+        if not (left := objects & there):
+            return
+        assert time.monotonic() < deadline, f"still in the kernel: {sorted(left)}"
+        time.sleep(0.05)
 
 
 def flow_key(

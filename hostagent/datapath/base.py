@@ -114,8 +114,8 @@ class Datapath(Protocol):
     name: str
     capabilities: frozenset[str]  # of `CAPABILITIES`
 
-    def attach(self, interface: str) -> None:
-        """Schedule packets leaving `interface`. Idempotent.
+    def attach(self, interface: str) -> bool:
+        """Schedule packets leaving `interface`. Idempotent; returns whether anything had to be done.
 
         Raises:
             KernelError: the kernel refused; nothing is left half-attached.

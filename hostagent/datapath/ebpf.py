@@ -88,7 +88,7 @@ class EbpfDatapath:
         """Whether there is a data path in the kernel whose flows, settings and counters this version can read."""
         return self._readable() is not None
 
-    def attach(self, interface: str) -> None:
+    def attach(self, interface: str) -> bool:
         """See `Datapath.attach`; loads the data path first where it is not there yet."""
         nic = tc_filter.find_interface(self._netlink(), interface)
         with self._exclusive():
@@ -98,8 +98,9 @@ class EbpfDatapath:
                 nic.index in pins.interfaces()
                 and tc_filter.our_program_id(self._netlink(), nic.index, self._owner) == program
             ):
-                return
+                return False
             self._attach(pins, nic, program)
+            return True
 
     def attached(self) -> list[str]:
         """See `Datapath.attached`."""
@@ -333,6 +334,8 @@ class EbpfDatapath:
 
     def _reopen(self) -> None:
         """Look again at what is pinned: another process may have loaded or detached since."""
+        if self._claim is not None and self._pins is not None:
+            return  # others leave it alone
         self._let_go()
         pinned.finish_interrupted_swap(self.pin_dir)
         self._pins = Pins.open(self.pin_dir)

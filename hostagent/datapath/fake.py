@@ -64,9 +64,12 @@ class FakeDatapath:
         self._flows: OrderedDict[bytes, npt.NDArray[np.void]] = OrderedDict()  # least recently used first
         self._counted: Counter[str] = Counter()
 
-    def attach(self, interface: str) -> None:
+    def attach(self, interface: str) -> bool:
         """See `Datapath.attach`."""
+        if interface in self._interfaces:
+            return False
         self._interfaces.add(interface)
+        return True
 
     def attached(self) -> list[str]:
         """See `Datapath.attached`."""

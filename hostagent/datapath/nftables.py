@@ -84,7 +84,7 @@ class NftablesDatapath:
         )
         self._sent_bytes = [0] * MAX_LEVELS
 
-    def attach(self, interface: str) -> None:
+    def attach(self, interface: str) -> bool:
         """See `Datapath.attach`."""
         names = [name for _, name in socket.if_nameindex()]
         if interface not in names:
@@ -95,9 +95,11 @@ class NftablesDatapath:
                 state = self._prepare()
             for name in SYSCTLS:
                 _write_sysctl(name, 1)
-            if interface not in state.interfaces:
+            known = interface in state.interfaces
+            if not known:
                 self._install(replace(state, interfaces=tuple(sorted((*state.interfaces, interface)))))
             undo.pop_all()
+        return not known
 
     def attached(self) -> list[str]:
         """See `Datapath.attached`."""

@@ -4,10 +4,18 @@ import json
 import logging
 import os
 import signal
-import time
 
 import pytest
-from datapath_kit import bpf_file_system, build_frame, flow_key, in_netns, run, start_agent
+from datapath_kit import (
+    bpf_file_system,
+    bpf_objects,
+    build_frame,
+    flow_key,
+    in_netns,
+    run,
+    start_agent,
+    wait_until_freed,
+)
 
 from fabricpilot.config import DatapathSection
 from fabricpilot.errors import KernelError, UsageError
@@ -60,34 +68,18 @@ def our_filters(device: str) -> int:
     return sum("fabricpilot" in str(entry.get("options", {}).get("bpf_name", "")) for entry in filters)
 
 
-def bpf_objects() -> set[tuple[str, int]]:
-    """Programs and maps of the whole machine whose names are ours."""
-    ours = ("fabricpilot_egr", *MAPS, "identity", "interfaces", "layouts")
-    listed = {kind: json.loads(run("bpftool", "-j", kind, "list")) for kind in ("prog", "map")}
-    return {(kind, entry["id"]) for kind, entries in listed.items() for entry in entries if entry.get("name") in ours}
-
-
-def assert_no_bpf_object_stays(before: set[tuple[str, int]]) -> None:
-    """The kernel frees programs after an RCU grace period, and another data path on this machine may come and go."""
-    deadline = time.monotonic() + 10
-    while (left := bpf_objects() - before) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-
-
 def test_looking_changes_nothing(pin_dir, nic):
-    before, objects = tc_state(), bpf_objects()
+    before = tc_state()
     looked = open_datapath(DatapathSection(pin_dir=str(pin_dir)))
     assert (looked.attached(), looked.settings(), looked.counters(), len(looked.flows())) == ([], None, {}, 0)
     looked.detach()
     looked.close()
     assert tc_state() == before
-    assert_no_bpf_object_stays(objects)
     assert not pin_dir.exists()
 
 
 def test_attach_twice_is_one_filter_and_detach_leaves_no_trace(pin_dir, nic):
-    before = tc_state(), bpf_objects()
+    before = tc_state()
     datapath = EbpfDatapath(pin_dir, 4096)
     for _ in range(2):
         datapath.attach("nic0")
@@ -95,13 +87,15 @@ def test_attach_twice_is_one_filter_and_detach_leaves_no_trace(pin_dir, nic):
         assert datapath.attached() == ["nic0", "nic1"]
         assert our_filters("nic0") == our_filters("nic1") == 1
     datapath.apply(SETTINGS)
+    objects = bpf_objects(pin_dir)
+    assert len(objects) > len(MAPS)
     for _ in range(2):
         datapath.detach()
         assert (datapath.attached(), datapath.settings()) == ([], None)
     datapath.close()
-    assert tc_state() == before[0]
+    assert tc_state() == before
     assert not pin_dir.exists()
-    assert_no_bpf_object_stays(before[1])
+    wait_until_freed(objects)
 
 
 def test_detach_leaves_what_others_have(datapath, nic):
@@ -276,7 +270,7 @@ def test_an_agent_killed_while_it_replaces_leaves_a_way_on(pin_dir, nic, step):
 
 @pytest.mark.parametrize("failing", ["load", "complete", "clsact", "filter"])
 def test_whatever_fails_nothing_is_half_attached(pin_dir, nic, monkeypatch, failing):
-    before = tc_state(), bpf_objects()
+    before = tc_state()
     datapath = EbpfDatapath(pin_dir, 4096)
 
     def refuse(*_):
@@ -292,7 +286,7 @@ def test_whatever_fails_nothing_is_half_attached(pin_dir, nic, monkeypatch, fail
         patch.setattr(*where, refuse)
         with pytest.raises(KernelError, match="refused"):
             datapath.attach("nic0")
-    assert tc_state() == before[0]
+    assert tc_state() == before
     assert not pin_dir.with_name("fabricpilot-new").exists()
     assert datapath.attached() == []
     if failing in ("load", "complete"):
