@@ -1,8 +1,11 @@
 """Which routes lead somewhere now: follows links and neighbours by netlink, and withdraws a route at once.
 
     link down, gone, or too small an MTU  -> the route is withdrawn; flows on it go where the kernel sends them
-    next hop does not answer (FAILED)     -> that IP version of the route is withdrawn, and asked for again every tick
+    next hop does not answer              -> that IP version of the route is withdrawn, and the next hop asked again
     back again                            -> offered again; flows return in their next gap
+
+Next hops are asked (ARP, neighbour discovery) before a route is offered, and kept under watch: a router that dies
+behind a link that stays up is noticed as well, within the seconds that the kernel gives a neighbour to answer.
 
 An event says only that something changed: what is, is read afresh, so lost events cost nothing but time. Routes are
 lent to the kernel for a few ticks: when the agent is gone, nobody watches, and flows return to the kernel's choice.
@@ -30,9 +33,14 @@ log = logging.getLogger(__name__)
 _GROUPS: Final = 0x1 | 0x4 | 0x40 | 0x400  # RTMGRP_LINK, NEIGH, IPV4_ROUTE, IPV6_ROUTE
 _NEW_LINK, _DEL_LINK, _NEW_ROUTE, _DEL_ROUTE, _NEW_NEIGHBOUR = 16, 17, 24, 25, 28
 _UP_AND_RUNNING: Final = 0x1 | 0x40  # IFF_UP, IFF_RUNNING
+_REACHABLE: Final = 0x02 | 0x40 | 0x80  # NUD_REACHABLE, NOARP, PERMANENT: nothing to ask
+_ANSWERS: Final = _REACHABLE | 0x04 | 0x08 | 0x10  # STALE, DELAY, PROBE: it did
+_INCOMPLETE: Final = 0x01  # NUD_INCOMPLETE: being asked
 _FAILED: Final = 0x20  # NUD_FAILED
-_ANSWERS: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
 _NTF_USE: Final = 0x01  # ask the neighbour now
+
+
+Neighbour = tuple[int, bytes]  # interface, packed address
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,10 @@ class RouteWatch:
         self._scheduled = scheduled
         self._gap_ms = gap_ms
         self._lease_s = lease_s
+        self._hops: set[bytes] = set()  # addresses of all next hops
+        self._wanted: set[Neighbour] = set()  # next hops behind links that are up
         self._told: dict[int, npt.NDArray[np.void]] = {}
-        self._silent: set[tuple[int, bytes]] = set()  # next hops that failed and have not answered since
+        self._neighbours: dict[Neighbour, int] = {}  # state of the next hops that the kernel knows
         self.why_not: dict[int, str] = {}
         self.marks = MarkRoutes(ipr, {number: path.mark for number, path in self._paths.items() if path.mark})
         # Opened first: what changes while the first state is read is not missed.
@@ -107,9 +117,7 @@ class RouteWatch:
     def tick(self) -> None:
         """Read everything afresh, renew the lease, ask silent next hops again."""
         self.refresh()
-        for index, address in list(self._silent):
-            with contextlib.suppress(NetlinkError):  # the interface may be gone
-                self._ipr.neigh("add", ifindex=index, dst=_text(address), flags=_NTF_USE, state=0)
+        self._ask(_REACHABLE | _INCOMPLETE)
 
     def refresh(self) -> None:
         """Read links and neighbours, and tell the kernel which routes may be used."""
@@ -117,7 +125,8 @@ class RouteWatch:
         scheduled = set(self._scheduled())
         managed = {links[name].index for name in scheduled if name in links}
         least_mtu = max((links[name].mtu for name in scheduled if name in links), default=0)
-        self._follow_neighbours()
+        self._neighbours = self._read_neighbours()
+        self._wanted = set()
         records: dict[int, npt.NDArray[np.void]] = {}
         why_not: dict[int, str] = {}
         names = {link.index: name for name, link in links.items()}
@@ -139,6 +148,7 @@ class RouteWatch:
         self._steering.use_routes(list(records), self._lease_s)
         self._log_changes(why_not)
         self._told, self.why_not = records, why_not
+        self._ask(_ANSWERS | _INCOMPLETE)
 
     def close(self) -> None:
         """Stop watching, so routes must not be used any more: flows return to the kernel's choice."""
@@ -163,14 +173,13 @@ class RouteWatch:
         if link.mtu < least_mtu:
             why_not[number] = f"{name} has MTU {link.mtu}, packets of up to {least_mtu} bytes would be sent there"
             return
-        hop = Hop(
-            hop.interface,
-            None if hop.ipv4 is not None and (hop.interface, hop.ipv4) in self._silent else hop.ipv4,
-            None if hop.ipv6 is not None and (hop.interface, hop.ipv6) in self._silent else hop.ipv6,
-        )
+        whole = hop
+        hop = Hop(hop.interface, self._answering(hop.interface, hop.ipv4), self._answering(hop.interface, hop.ipv6))
         if hop.ipv4 is None and hop.ipv6 is None:
             why_not[number] = f"its next hop behind {name} does not answer"
             return
+        if hop != whole:  # half of it is left
+            why_not[number] = f"its {'IPv6' if hop.ipv6 is None else 'IPv4'} next hop behind {name} does not answer"
         records[number] = hop.record(hop.interface in managed)
 
     def _links(self) -> dict[str, Link]:
@@ -181,35 +190,38 @@ class RouteWatch:
             for link in self._ipr.get_links()
         }
 
-    def _next_hops(self) -> set[bytes]:
-        hops = {hop for path in self._paths.values() for hop in (path.next_hop, path.next_hop6) if hop is not None}
-        return hops | {
-            a for hop in self.marks.hops().values() for a in (hop.ipv4, hop.ipv6) if a is not None and any(a)
-        }
+    def _answering(self, interface: int, address: bytes | None) -> bytes | None:
+        """The address of a next hop if it answers; zeros stand for the destination, which is not asked."""
+        if address is None or not any(address):
+            return address
+        self._wanted.add((interface, address))
+        return address if self._neighbours.get((interface, address), 0) & _ANSWERS else None
 
-    def _follow_neighbours(self) -> None:
-        wanted = self._next_hops()
-        if not wanted:
-            self._silent.clear()
-            return
-        for family in {socket.AF_INET if len(address) == 4 else socket.AF_INET6 for address in wanted}:
+    def _ask(self, unless: int) -> None:
+        """Have the kernel ask the next hops whose state is none of `unless`."""
+        for interface, address in self._wanted:
+            if not self._neighbours.get((interface, address), 0) & unless:
+                with contextlib.suppress(NetlinkError):  # the interface may be gone
+                    self._ipr.neigh("replace", ifindex=interface, dst=_text(address), flags=_NTF_USE, state=0)
+
+    def _read_neighbours(self) -> dict[Neighbour, int]:
+        hops = {hop for path in self._paths.values() for hop in (path.next_hop, path.next_hop6) if hop}
+        hops |= {hop for found in self.marks.hops().values() for hop in (found.ipv4, found.ipv6) if hop and any(hop)}
+        self._hops = hops
+        states = {}
+        for family in {socket.AF_INET if len(hop) == 4 else socket.AF_INET6 for hop in hops}:
             for neighbour in self._ipr.get_neighbours(family):
-                text = neighbour.get_attr("NDA_DST")
-                address = _packed(text) if text else b""
-                if address not in wanted:
-                    continue
-                if neighbour["state"] & _FAILED:
-                    self._silent.add((neighbour["ifindex"], address))
-                elif neighbour["state"] & _ANSWERS:
-                    self._silent.discard((neighbour["ifindex"], address))
-        self._silent = {(index, address) for index, address in self._silent if address in wanted}
+                address = _packed(neighbour.get_attr("NDA_DST") or "")
+                if address in hops:
+                    states[neighbour["ifindex"], address] = neighbour["state"]
+        return states
 
     def _concerns_a_next_hop(self, body: bytes) -> bool:
         if len(body) < 12:
             return False
         # struct ndmsg: family, padding, interface, state. The address stands in some attribute behind it.
         state = struct.unpack_from("=BxHiH", body)[3]
-        return bool(state & (_FAILED | _ANSWERS)) and any(hop in body for hop in self._next_hops())
+        return bool(state & (_FAILED | _ANSWERS)) and any(hop in body for hop in self._hops)
 
     def _messages(self) -> Iterator[tuple[int, bytes]]:
         while True:
@@ -242,6 +254,8 @@ def _same(before: npt.NDArray[np.void] | None, now: npt.NDArray[np.void]) -> boo
 
 
 def _packed(text: str) -> bytes:
+    if not text:
+        return b""
     return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
 
 

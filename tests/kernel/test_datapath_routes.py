@@ -1,0 +1,447 @@
+"""Routes under real traffic: two and four paths between namespaces, bytes counted on each, both IP versions."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+from datapath_kit import bpf_file_system, in_netns, run
+from pyroute2 import IPRoute
+
+from fabricpilot.config import AgentConfig, Rule, load
+from fabricpilot.errors import UsageError
+from fabricpilot.levels import Thresholds
+from fabricpilot.wire import FlowVerdict
+from hostagent.datapath.base import Settings
+from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.flow_control import FlowControl, check
+
+PORT = 5001
+SETTINGS = Settings(Thresholds((50_000, 500_000, 2_000_000)), (32, 24, 16, 8), (1, 2, 3, 4))
+ME = {4: "10.70.0.1", 6: "fd70::1"}  # on lo of the sender: replies find it by any path
+PEER = {4: "10.70.0.2", 6: "fd70::2"}
+
+
+def path_address(version: int, path: int, side: int) -> str:
+    return f"10.7{path}.1.{side + 1}" if version == 4 else f"fd7{path}:1::{side + 1}"
+
+
+@dataclass
+class Fabric:
+    """A sender and a receiver, joined by `paths` veth pairs nic0, nic1 ...; the kernel's own choice is nic0."""
+
+    sender: str
+    receiver: str
+    paths: int
+    datapath: EbpfDatapath
+    ipr: IPRoute
+
+    def control(self, rules=(), gap_ms: int = 20, extra=(), usable: bool = True) -> FlowControl:
+        paths = [
+            {
+                "number": path,
+                "interface": f"nic{path}",
+                "next_hop": path_address(4, path, 1),
+                "next_hop6": path_address(6, path, 1),
+            }
+            for path in range(1, self.paths)
+        ]
+        config = load(AgentConfig, None, {"routes.paths": [*paths, *extra], "routes.gap_ms": gap_ms}, {})
+        config = msgspec.structs.replace(config, rules=[msgspec.convert(rule, Rule) for rule in rules])
+        control = FlowControl(config, self.datapath, self.ipr)
+        if usable:  # next hops have answered
+            _wait(lambda: control.on_event() or set(control.usable_routes) >= set(range(1, self.paths)))
+        return control
+
+    def sent(self) -> list[int]:
+        """Bytes that have left by each path so far."""
+        counts = []
+        for path in range(self.paths):
+            link = self.ipr.get_links(ifname=f"nic{path}")[0]
+            counts.append(link.get_attr("IFLA_STATS64")["tx_bytes"])
+        return counts
+
+
+@pytest.fixture
+def fabric(request, make_netns, tmp_path) -> Iterator[Fabric]:
+    paths = getattr(request, "param", 2)
+    names = make_netns("send"), make_netns("recv")
+    for path in range(paths):
+        run(
+            "ip",
+            "link",
+            "add",
+            f"nic{path}",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"nic{path}",
+            "netns",
+            names[1],
+            netns=names[0],
+        )
+    for side, name in enumerate(names):
+        run("ip", "link", "set", "lo", "up", netns=name)
+        for version, prefix in ((4, 32), (6, 128)):
+            mine = (ME, PEER)[side][version]
+            other = (PEER, ME)[side][version]
+            run(
+                "ip",
+                "address",
+                "add",
+                f"{mine}/{prefix}",
+                "dev",
+                "lo",
+                *(["nodad"] if version == 6 else []),
+                netns=name,
+            )
+            for path in range(paths):
+                nic, nodad = f"nic{path}", ["nodad"] if version == 6 else []
+                length = 24 if version == 4 else 64
+                address = path_address(version, path, side)
+                run("ip", "address", "add", f"{address}/{length}", "dev", nic, *nodad, netns=name)
+                run("ip", "link", "set", nic, "up", netns=name)
+            gateway = path_address(version, 0, 1 - side)
+            time.sleep(0.02)
+            run("ip", f"-{version}", "route", "add", other, "via", gateway, "src", mine, netns=name)
+        run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", netns=name)
+    with bpf_file_system(tmp_path / "bpf") as root, in_netns(names[0]):
+        datapath = EbpfDatapath(root / "fabricpilot", 4096)
+        with IPRoute() as ipr:
+            datapath.apply(SETTINGS)
+            for path in range(paths):
+                datapath.attach(f"nic{path}")
+            yield Fabric(*names, paths, datapath, ipr)
+            datapath.detach()
+            datapath.close()
+
+
+class Transfer:
+    """A TCP connection whose receiver counts what arrives."""
+
+    def __init__(self, fabric: Fabric, version: int, port: int = PORT) -> None:
+        family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+        with in_netns(fabric.receiver):
+            listener = socket.create_server((PEER[version], port), family=family)
+        self.received = 0
+        self._thread = threading.Thread(target=self._receive, args=(listener,), daemon=True)
+        self._thread.start()
+        with in_netns(fabric.sender):
+            self.socket = socket.create_connection((PEER[version], port), 10, source_address=(ME[version], 0))
+        self.version = version
+        self.source_port = self.socket.getsockname()[1]
+        self.sent = 0
+
+    def _receive(self, listener: socket.socket) -> None:
+        with listener:
+            connection, _ = listener.accept()
+        with connection, contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(1 << 18):
+                self.received += len(data)
+
+    def send(self, size_bytes: int) -> None:
+        """Send, and wait until all has arrived."""
+        self.socket.sendall(bytes(size_bytes))
+        self.sent += size_bytes
+        deadline = time.monotonic() + 20
+        while self.received < self.sent:
+            assert time.monotonic() < deadline, f"{self.received} of {self.sent} bytes arrived"
+            time.sleep(0.002)
+
+    def verdict(self, route: int, ttl_s: float = 60.0, level: int = -1) -> FlowVerdict:
+        return FlowVerdict(ME[self.version], PEER[self.version], self.source_port, PORT, 6, level, route, ttl_s)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._thread.join(10)
+
+
+def moved(fabric: Fabric, transfer: Transfer, size_bytes: int) -> list[int]:
+    """What left by each path while `size_bytes` were sent."""
+    before = fabric.sent()
+    transfer.send(size_bytes)
+    return [after - then for then, after in zip(before, fabric.sent(), strict=True)]
+
+
+def assert_all_by(sent: list[int], path: int, size_bytes: int) -> None:
+    assert sent[path] >= size_bytes, sent
+    assert sum(sent) - sent[path] < 20_000, sent  # neighbour discovery, replies
+
+
+@pytest.mark.parametrize("fabric", [2, 4], indirect=True)
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_verdict_sends_a_flow_by_each_path_in_turn(fabric, version):
+    control = fabric.control()
+    transfer = Transfer(fabric, version)
+    try:
+        assert control.usable_routes == tuple(range(1, fabric.paths))
+        assert_all_by(moved(fabric, transfer, 300_000), 0, 300_000)
+        for path in [*range(1, fabric.paths), 1]:
+            control.take([transfer.verdict(path)])
+            time.sleep(0.06)  # the first packet after it begins the wait for a gap
+            transfer.send(10)
+            time.sleep(0.06)
+            assert_all_by(moved(fabric, transfer, 300_000), path, 300_000)
+            row = int(fabric.datapath.flows().states["attained_bytes"].argmax())
+            assert fabric.datapath.flows().states["route"][row] == path
+        control.take([transfer.verdict(0, ttl_s=0)])
+        time.sleep(0.06)
+        assert_all_by(moved(fabric, transfer, 300_000), 0, 300_000)
+        counters = fabric.datapath.counters()
+        total = sum(counters[f"bytes_level_{level}"] for level in range(4))
+        state = fabric.datapath.flows().states
+        assert total == int(state["attained_bytes"].sum())  # the second program did not count anything again
+        assert transfer.sent <= int(state["attained_bytes"].max()) < transfer.sent * 1.5  # a packet may be sent twice
+    finally:
+        transfer.close()
+        control.close()
+
+
+@pytest.mark.parametrize("fabric", [4], indirect=True)
+@pytest.mark.parametrize("version", [4, 6])
+def test_rules_send_flows_by_their_ports_from_the_first_packet(fabric, version):
+    rules = [{"destination_port": [PORT + path], "route": path} for path in range(1, 4)]
+    control = fabric.control(rules)
+    try:
+        for path in range(4):
+            transfer = Transfer(fabric, version, PORT + path)
+            assert_all_by(moved(fabric, transfer, 500_000), path, 500_000)
+            transfer.close()
+        assert fabric.datapath.counters()["route_unusable"] == 0
+    finally:
+        control.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("how", ["down", "carrier", "deleted"])
+def test_a_route_whose_link_goes_is_left_at_once_and_found_again(fabric, version, how):
+    control = fabric.control(gap_ms=20)
+    events = threading.Event()
+    watcher = threading.Thread(target=_serve, args=(control, events))
+    watcher.start()
+    transfer = Transfer(fabric, version)
+    try:
+        control.take([transfer.verdict(1)])
+        time.sleep(0.06)
+        transfer.send(10)
+        time.sleep(0.06)
+        assert_all_by(moved(fabric, transfer, 300_000), 1, 300_000)
+        if how == "down":
+            run("ip", "link", "set", "nic1", "down", netns=fabric.sender)
+        elif how == "carrier":
+            run("ip", "link", "set", "nic1", "down", netns=fabric.receiver)
+        else:
+            run("ip", "link", "del", "nic1", netns=fabric.sender)
+        began = time.monotonic()
+        transfer.send(2_000_000)  # nothing is lost but what was on the wire
+        assert time.monotonic() - began < 5
+        assert control.usable_routes == ()
+        assert "nic1" in control.status()["routes"]["1"]
+        if how == "deleted":
+            return
+        where = fabric.sender if how == "down" else fabric.receiver
+        run("ip", "link", "set", "nic1", "up", netns=where)
+        address = path_address(6, 1, 0 if how == "down" else 1)  # IPv6 addresses go with their link
+        run("ip", "address", "replace", f"{address}/64", "dev", "nic1", "nodad", netns=where)
+        _wait(lambda: control.status()["routes"]["1"] == "usable")  # for both IP versions
+        time.sleep(0.1)
+        transfer.send(10)
+        time.sleep(0.1)
+        assert_all_by(moved(fabric, transfer, 300_000), 1, 300_000)
+    finally:
+        events.set()
+        watcher.join()
+        transfer.close()
+        control.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_next_hop_that_does_not_answer_withdraws_its_route_until_it_does(fabric, version):
+    hop, length = path_address(version, 1, 1), 24 if version == 4 else 64
+    nodad = ["nodad"] if version == 6 else []
+    for key, value in (("base_reachable_time_ms", 500), ("delay_first_probe_time", 1), ("ucast_solicit", 1)):
+        run("sysctl", "-qw", f"net.ipv{version}.neigh.nic1.{key}={value}", netns=fabric.sender)
+    run("ip", "address", "del", f"{hop}/{length}", "dev", "nic1", netns=fabric.receiver)
+    control = fabric.control(usable=False)
+    stop = threading.Event()
+    watcher = threading.Thread(target=_serve, args=(control, stop))
+    watcher.start()
+    transfer = Transfer(fabric, version)
+    try:
+        control.take([transfer.verdict(1)])
+        for _ in range(2):
+            time.sleep(0.1)
+            transfer.send(10)
+            time.sleep(0.1)
+            assert_all_by(moved(fabric, transfer, 200_000), 0, 200_000)
+            assert "does not answer" in control.status()["routes"]["1"]
+            run("ip", "address", "add", f"{hop}/{length}", "dev", "nic1", *nodad, netns=fabric.receiver)
+            _wait(lambda: control.status()["routes"]["1"] == "usable")
+            time.sleep(0.1)
+            transfer.send(10)
+            time.sleep(0.1)
+            assert_all_by(moved(fabric, transfer, 200_000), 1, 200_000)
+            run("ip", "address", "del", f"{hop}/{length}", "dev", "nic1", netns=fabric.receiver)
+            _wait(lambda: control.status()["routes"]["1"] != "usable")
+    finally:
+        stop.set()
+        watcher.join()
+        transfer.close()
+        control.close()
+
+
+def test_a_flow_without_a_gap_keeps_its_route_unless_told_otherwise(fabric):
+    transfer = Transfer(fabric, 4)
+    stop = threading.Event()
+
+    def stream():
+        while not stop.is_set():
+            transfer.socket.sendall(bytes(1000))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=stream)
+    control = fabric.control(gap_ms=2000)
+    thread.start()
+    try:
+        control.take([transfer.verdict(1)])
+        time.sleep(0.5)
+        assert _routes_in_use(fabric) == {0}
+        control.close()
+        control = fabric.control(gap_ms=0)
+        control.take([transfer.verdict(1)])
+        _wait(lambda: _routes_in_use(fabric) == {0, 1} or _routes_in_use(fabric) == {1})
+    finally:
+        stop.set()
+        thread.join()
+        transfer.close()
+        control.close()
+
+
+def test_when_nobody_watches_flows_return_to_the_kernels_choice(fabric):
+    control = fabric.control(rules=[{"route": 1}])
+    transfer = Transfer(fabric, 4)
+    assert_all_by(moved(fabric, transfer, 300_000), 1, 300_000)
+    control._steering.use_routes([1], 0.5)  # the last word of an agent that dies now
+    time.sleep(0.7)
+    assert_all_by(moved(fabric, transfer, 300_000), 0, 300_000)
+    assert fabric.datapath.counters()["route_unusable"] > 0
+    transfer.close()
+    control.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_route_by_mark_follows_policy_routing(fabric, version):
+    gateway = path_address(version, 1, 1)
+    run("ip", f"-{version}", "rule", "add", "fwmark", "7", "table", "77", netns=fabric.sender)
+    run("ip", f"-{version}", "route", "add", "default", "via", gateway, "table", "77", netns=fabric.sender)
+    control = fabric.control(extra=[{"number": 9, "mark": 7}])
+    transfer = Transfer(fabric, version)
+    try:
+        control.take([transfer.verdict(9)])
+        time.sleep(0.06)
+        transfer.send(10)
+        time.sleep(0.06)
+        assert_all_by(moved(fabric, transfer, 300_000), 1, 300_000)
+        run("ip", f"-{version}", "route", "flush", "table", "77", netns=fabric.sender)
+        time.sleep(0.1)
+        control.on_event()  # marked packets go the ordinary way now
+        assert_all_by(moved(fabric, transfer, 300_000), 0, 300_000)
+    finally:
+        transfer.close()
+        control.close()
+
+
+def test_packets_of_a_routed_flow_carry_their_level(fabric):
+    control = fabric.control(rules=[{"route": 1}])
+    with in_netns(fabric.receiver):
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        tap.bind(("nic1", 0))
+    tap.settimeout(1)
+    transfer = Transfer(fabric, 4)
+    transfer.send(100)
+    try:
+        marks = set()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                frame, (_, _, kind, *_) = tap.recvfrom(2048)
+                if kind != socket.PACKET_OUTGOING and frame[12:14] == b"\x08\x00" and frame[23] == 6:
+                    marks.add(frame[15] >> 2)
+        assert marks == {32}
+    finally:
+        tap.close()
+        transfer.close()
+        control.close()
+
+
+def test_a_flow_label_chooses_among_equal_paths(fabric):
+    """The sender's next router spreads IPv6 by flow label: it is the receiver's namespace, told by what it sees."""
+    labels = {}
+    for label in (0x11111, 0x22222):
+        config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
+        config = msgspec.structs.replace(config, rules=[Rule(route=3)])
+        control = FlowControl(config, fabric.datapath, fabric.ipr)
+        assert control.usable_routes == (3,)
+        with in_netns(fabric.receiver):
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            tap.bind(("nic0", 0))
+        tap.settimeout(1)
+        transfer = Transfer(fabric, 6)
+        transfer.send(5000)
+        seen = set()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                frame, (_, _, kind, *_) = tap.recvfrom(2048)
+                if kind != socket.PACKET_OUTGOING and frame[12:14] == b"\x86\xdd" and frame[20] == 6:
+                    seen.add(int.from_bytes(frame[14:18], "big") & 0xFFFFF)
+        labels[label] = seen
+        tap.close()
+        transfer.close()
+        control.close()
+    assert labels == {0x11111: {0x11111}, 0x22222: {0x22222}}
+
+
+@pytest.mark.parametrize(
+    ("paths", "rules", "match"),
+    [
+        ([{"number": 32, "interface": "a"}], [], "1 to 31"),
+        ([{"number": 1, "interface": "a"}, {"number": 1, "mark": 3}], [], "two routes"),
+        ([{"number": 1}], [], "one of interface"),
+        ([{"number": 1, "interface": "a", "mark": 1}], [], "one of interface"),
+        ([{"number": 1, "interface": "a", "next_hop": "fd00::1"}], [], "IPv4 address"),
+        ([{"number": 1, "flow_label": 1 << 20}], [], "flow label"),
+        ([{"number": 1, "mark": 1}], [{"route": 1}], "by mark"),
+        ([], [{"route": 1}], "no route 1"),
+    ],
+)
+def test_wrong_routes_are_refused(paths, rules, match):
+    config = load(AgentConfig, None, {"routes.paths": paths}, {})
+    config = msgspec.structs.replace(config, rules=[msgspec.convert(rule, Rule) for rule in rules])
+    with pytest.raises(UsageError, match=match):
+        check(config)
+
+
+def _routes_in_use(fabric: Fabric) -> set[int]:
+    return set(fabric.datapath.flows().states["route"].tolist())
+
+
+def _serve(control: FlowControl, stop: threading.Event) -> None:
+    """What the agent's loop does: events at once, a tick now and then."""
+    due = time.monotonic() + 0.5
+    while not stop.is_set():
+        control.on_event()
+        if time.monotonic() >= due:
+            control.tick()
+            due += 0.5
+        time.sleep(0.005)
+
+
+def _wait(condition, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
