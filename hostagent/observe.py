@@ -73,7 +73,8 @@ class Observation:
     def _measured(self) -> npt.NDArray[np.intp]:
         """Finished flows whose size is known: they carried payload, and their start was seen."""
         states = self.table.states[self.finished]
-        return self.finished[(states["attained_bytes"] > 0) & ((states["flags"] & FLAG_SAW_START) != 0)]
+        known: npt.NDArray[np.bool_] = (states["attained_bytes"] > 0) & ((states["flags"] & FLAG_SAW_START) != 0)
+        return self.finished[known]
 
     def _measured_states(self) -> npt.NDArray[np.void]:
         return self.table.states[self._measured()]
