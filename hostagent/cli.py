@@ -194,6 +194,43 @@ def dump(config_path: Path | None, settings: tuple[str, ...], top: int, as_json:
 
 @agent.command()
 @agent_options
+@click.option("--flow", metavar="FLOW", help='Which rule decides about it, for example "tcp 10.0.0.1:40000 10.0.0.2:80".')
+@click.option("--dscp", default=0, type=click.IntRange(0, 63), help="With --flow: what its first packet carries.")
+@click.option("--cgroup", default="", metavar="PATH", help="With --flow: of its socket.")
+@json_option
+def rules(
+    config_path: Path | None,
+    settings: tuple[str, ...],
+    flow: str | None,
+    dscp: int,
+    cgroup: str,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """List the configured rules, checked, and what they decide; changes nothing and needs no root."""
+    config = _config(config_path, settings, flags)
+    from hostagent.rules_listing import decide, listing
+
+    if flow is not None:
+        told = decide(config, flow, dscp, cgroup)
+        if as_json:
+            print_json(told)
+        else:
+            click.echo(told["says"])
+        return
+    listed = listing(config)
+    if as_json:
+        print_json({"rules": listed})
+        return
+    for row in listed:
+        deciding = "" if row["flows"] is None else f"  [{row['flows']} flows now]"
+        click.echo(f"{row['number']:3d}  {row['name']}: {row['matches']} -> {row['says']}{deciding}")
+    if not listed:
+        click.echo("no rules are configured; every flow goes by thresholds and central's verdicts")
+
+
+@agent.command()
+@agent_options
 @click.option("--dry-run", is_flag=True, help="Say what would be removed and change nothing.")
 def detach(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
     """Remove every trace of the data path and put the NICs' queues back as they were."""

@@ -2,9 +2,9 @@
 
 Pure functions on numpy columns, called once per report interval by the agent. A flow has finished when it sent a FIN
 or RST, or was silent for the idle timeout; its size is its attained service then. It is told to central once, by the
-first read after its end. In the kernel's table an ended flow stays for a while: its last bytes may have to be sent
-again, and must not look like a flow of unknown age. Nothing in the kernel is cleared on read, so a long flow never
-returns to the top.
+first read after its end, unless a rule excludes it. In the kernel's table an ended flow stays for a while: its last
+bytes may have to be sent again, and must not look like a flow of unknown age. Nothing in the kernel is cleared on read,
+so a long flow never returns to the top.
 """
 
 import ipaddress
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fabricpilot.histogram import LogHistogram
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS, FlowSummary
 from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FlowTable
+from hostagent.datapath.rules import excluded
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _NS_PER_US = 1000
@@ -99,12 +100,13 @@ def observe(
     ended = (states["flags"] & FLAG_ENDED) != 0
     idle = ~ended & (silent_s > idle_timeout_s)
     just_ended = ended & (last_seen_ns > previous_read_ns) & (last_seen_ns <= table.read_at_ns)
-    going = ~ended & ~idle
+    reported = ~excluded(states)
+    going = ~ended & ~idle & reported
     long = np.flatnonzero(going & (states["attained_bytes"] >= last_threshold_bytes))
     largest_first = long[np.argsort(states["attained_bytes"][long])[::-1]]
     return Observation(
         table=table,
-        finished=np.flatnonzero(just_ended | idle),
+        finished=np.flatnonzero((just_ended | idle) & reported),
         leaving=np.flatnonzero((ended & (silent_s > LINGER_S)) | idle),
         long=largest_first,
         active=int(going.sum()),

@@ -196,6 +196,17 @@ def compile_rules(rules: Sequence[ParsedRule], cgroups: Sequence[Cgroup | None])
     return CompiledRules(prefixes, np.array([admitted for *_, admitted in keys], np.uint64), rule_set)
 
 
+def excluded(states: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    """Which flows (FLOW_STATE_DTYPE, shape (n,)) a rule says to leave alone and not to report."""
+    return np.asarray(states["rules"].view(KEPT_OUTCOME_DTYPE)["treatment"] == TREATMENTS["exclude"])
+
+
+def flows_by_rule(states: npt.NDArray[np.void], count: int) -> list[int]:
+    """How many flows (FLOW_STATE_DTYPE, shape (n,)) each of `count` rules decides about."""
+    decided = states["rules"].view(KEPT_OUTCOME_DTYPE)["rule"]
+    return [int(n) for n in np.bincount(decided, minlength=count + 1)[1 : count + 1]]
+
+
 def _table_of(per_rule: Sequence[tuple[Prefix, ...]]) -> dict[Prefix, int]:
     """For each prefix, and for everything else (no bits), the rules that admit what lies below it."""
     own: dict[Prefix, int] = defaultdict(int)
