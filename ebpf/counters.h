@@ -34,6 +34,8 @@ struct counters {
 	__u64 flows_midlife;                 /* of those: TCP flows whose start was not seen */
 	__u64 flows_restarted;               /* entries started afresh by a SYN (port reuse) ... */
 	__u64 restarted_bytes;               /* ... and what their former flows had sent, in case nobody had read it */
+	__u64 messages_finished;             /* behind which the next one of the same flow has begun */
+	__u64 turns;                         /* given to starved flows */
 	__u64 insert_failed;                 /* payload packets that got no entry: sent on the last level */
 	__u64 write_failed;                  /* packets whose header the kernel would not let us change */
 };

@@ -28,6 +28,7 @@
 #include "parse.h"
 #include "fragment.h"
 #include "level.h"
+#include "socket.h"
 #include "flow.h"
 #include "rules.h"
 #include "verdict.h"
@@ -65,7 +66,7 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	}
 	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
 		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
-	level = account(&packet, segments, settings, count, &flow);
+	level = account(skb, &packet, segments, settings, count, &flow);
 	steered = steer(skb, &packet, flow, level, settings, steering_now);
 	level = steered.level;
 	if (packet.fragment == FIRST_FRAGMENT)

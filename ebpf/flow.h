@@ -2,23 +2,36 @@
  *
  * Flows: finds or inserts a packet's flow, adds its bytes, and says which level the packet travels on.
  *
- * - A packet's level is that of the bytes sent before it, so a flow's first packet is always at the top.
- * - SYN, pure ACK, FIN and RST without payload travel at the top: they are small and others wait for them.
+ * - A packet's level is that of the bytes sent before it, so a flow's first packet is always at the top; with a local
+ *   socket, that of the bytes written so far (backlog.h).
+ * - SYN, pure ACK, FIN and RST without payload travel at the top: they are small and others wait for them. So do
+ *   retransmissions of a short message.
  * - Only a SYN or payload inserts. A pure ACK or RST never does, so an entry that user space has forgotten after
  *   the flow's end does not come back as a flow of unknown age.
- * - A TCP flow first seen in mid-life is of unknown size, not short: it stays on the last level.
+ * - A TCP flow first seen in mid-life is of unknown size, not short: it is on the last level until its next message.
  * - A SYN on an entry that has ended, or has sent something, is a new flow on the same ports: it starts afresh.
  */
 #pragma once
 
-#define FLOW_ENDED 1     /* a FIN or RST was sent */
-#define FLOW_SAW_START 2 /* TCP: its SYN was seen. UDP has no start to see: always set */
+#define FLOW_ENDED 1       /* a FIN or RST was sent */
+#define FLOW_SAW_START 2   /* TCP: its SYN was seen. UDP has no start to see: always set */
+#define FLOW_SAW_MESSAGE 4 /* the current message's start was seen, so its attained service is known */
+#define FLOW_UNSENT 8      /* the latest packet left unsent bytes behind in the send buffer */
+#define FLOW_TURN 16       /* at the top until attained_bytes reaches turn_ends_bytes */
 
-/* Times are CLOCK_MONOTONIC. The first is exact, and so is the last once the flow has ended; until then the last is
- * that of the latest timer tick (1 to 10 ms), which costs a third of an exact reading. */
+/* Times are CLOCK_MONOTONIC. Those of local TCP sockets are exact; others are of the latest timer tick (1 to 10 ms),
+ * which costs a third of an exact reading, but for the flow's first and, once it has ended, its last. */
 struct flow_state {
-	__u64 attained_bytes; /* payload sent, retransmissions included */
+	__u64 attained_bytes; /* payload of the current message, retransmissions included */
 	__u64 packets;        /* GSO segments count one by one */
+	__u64 last_data_ns;   /* latest packet with payload */
+	__u32 next_sequence;  /* TCP: behind the last byte sent */
+	__u32 hint_sequence;  /* TCP: where the message began that a hint told of (hint.h) */
+	__u64 turn_ends_bytes;
+	__u64 earlier_bytes; /* payload of all messages before the current one */
+	__u64 message_began_ns;
+	__u64 last_message_bytes; /* the message before the current one: size ... */
+	__u64 last_message_ns;    /* ... and duration, first to last packet */
 	__u64 first_seen_ns;
 	__u64 last_seen_ns;
 	__u8 level; /* of the latest packet with payload */
@@ -33,17 +46,44 @@ struct flow_state {
 /* Key: 5-tuple. Value: what its flow has sent so far. The least recently used entry makes room for a new one. */
 BPF_TABLE("lru_hash", struct flow_key, struct flow_state, flows, FLOW_ENTRIES);
 
-static __always_inline struct flow_state *insert_flow(const struct packet *packet, struct counters *counters)
+#include "message.h"
+#include "backlog.h"
+
+static __always_inline __u32 behind(const struct packet *packet)
+{
+	return packet->sequence + packet->payload_bytes + !!(packet->tcp_flags & TCP_SYN);
+}
+
+/* Whether a flow first seen now begins a message: a SYN or UDP does, and so does a local sender with nothing in flight
+ * (a connection that was forgotten while it was idle). */
+static __always_inline __u8 first_flags(const struct packet *packet, const struct sender *sender)
+{
+	if (packet->tcp_flags & TCP_SYN || packet->key.protocol != IPPROTO_TCP)
+		return FLOW_SAW_START | FLOW_SAW_MESSAGE;
+	if (sender->known && sender->una == packet->sequence && sender->next == packet->sequence)
+		return FLOW_SAW_MESSAGE;
+	return 0;
+}
+
+static __always_inline void start_flow(struct flow_state *fresh, const struct packet *packet, __u8 flags)
+{
+	fresh->flags = flags;
+	fresh->first_seen_ns = bpf_ktime_get_ns();
+	fresh->last_seen_ns = fresh->first_seen_ns;
+	fresh->last_data_ns = fresh->first_seen_ns;
+	fresh->message_began_ns = fresh->first_seen_ns;
+	fresh->next_sequence = packet->sequence;
+}
+
+static __always_inline struct flow_state *insert_flow(const struct packet *packet, const struct sender *sender,
+						      struct counters *counters)
 {
 	struct flow_state fresh = {};
 
-	if (packet->tcp_flags & TCP_SYN || packet->key.protocol != IPPROTO_TCP)
-		fresh.flags = FLOW_SAW_START;
-	fresh.first_seen_ns = bpf_ktime_get_ns();
-	fresh.last_seen_ns = fresh.first_seen_ns;
+	start_flow(&fresh, packet, first_flags(packet, sender));
 	if (flows.insert((struct flow_key *)&packet->key, &fresh) == 0) {
 		counters->flows_inserted++;
-		if (!fresh.flags)
+		if (!(fresh.flags & FLOW_SAW_START))
 			counters->flows_midlife++;
 	}
 	/* Another CPU may have been first: whoever inserted it, this is the entry. */
@@ -54,20 +94,18 @@ static __always_inline struct flow_state *insert_flow(const struct packet *packe
 static __always_inline struct flow_state *restart_flow(const struct packet *packet, struct flow_state *old,
 						       struct counters *counters)
 {
-	struct flow_state fresh = {.flags = FLOW_SAW_START};
+	struct flow_state fresh = {};
 
 	counters->flows_restarted++;
-	counters->restarted_bytes += old->attained_bytes;
-	fresh.first_seen_ns = bpf_ktime_get_ns();
-	fresh.last_seen_ns = fresh.first_seen_ns;
+	counters->restarted_bytes += old->earlier_bytes + old->attained_bytes;
+	record_message(old, message_duration_ns(old), counters);
+	start_flow(&fresh, packet, FLOW_SAW_START | FLOW_SAW_MESSAGE);
 	flows.update((struct flow_key *)&packet->key, &fresh);
 	return flows.lookup((struct flow_key *)&packet->key);
 }
 
-static __always_inline void see_flow(const struct packet *packet, struct flow_state *flow)
+static __always_inline void see_flow(const struct packet *packet, struct flow_state *flow, __u64 now_ns)
 {
-	__u64 now_ns;
-
 	if (packet->tcp_flags & (TCP_FIN | TCP_RST)) {
 		if (!(flow->flags & FLOW_ENDED)) {
 			flow->last_seen_ns = bpf_ktime_get_ns();
@@ -76,31 +114,33 @@ static __always_inline void see_flow(const struct packet *packet, struct flow_st
 		return;
 	}
 	/* What follows a FIN is an acknowledgement or a retransmission: the flow's duration stays what it was. */
-	if (flow->flags & FLOW_ENDED)
-		return;
-	now_ns = bpf_ktime_get_coarse_ns();
-	if (now_ns > flow->last_seen_ns)
+	if (!(flow->flags & FLOW_ENDED) && now_ns > flow->last_seen_ns)
 		flow->last_seen_ns = now_ns;
 }
 
 /* Accounts a packet of `segments` segments to its flow, left in `entry` (nothing: it has none); returns the level that
  * the packet has earned. */
-static __always_inline __u8 account(const struct packet *packet, __u32 segments, const struct settings *settings,
-				    struct counters *counters, struct flow_state **entry)
+static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *packet, __u32 segments,
+				    const struct settings *settings, struct counters *counters,
+				    struct flow_state **entry)
 {
 	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
-	__u64 attained_bytes;
+	struct sender sender = {};
+	__u64 now_ns, silent_ns, attained_bytes;
+	int repeated = 0;
 	__u8 level;
 
+	ask_socket(skb, packet, &sender);
 	if (!flow) {
 		if (!packet->payload_bytes && (!(packet->tcp_flags & TCP_SYN) || packet->tcp_flags & TCP_RST))
 			return 0;
-		flow = insert_flow(packet, counters);
+		flow = insert_flow(packet, &sender, counters);
 		if (!flow) {
 			counters->insert_failed++;
 			return packet->payload_bytes ? last_level(settings) : 0;
 		}
-	} else if (packet->tcp_flags & TCP_SYN && (flow->attained_bytes || flow->flags & FLOW_ENDED)) {
+	} else if (packet->tcp_flags & TCP_SYN &&
+		   (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED)) {
 		flow = restart_flow(packet, flow, counters);
 		if (!flow) {
 			counters->insert_failed++;
@@ -108,15 +148,50 @@ static __always_inline __u8 account(const struct packet *packet, __u32 segments,
 		}
 	}
 	*entry = flow;
-	see_flow(packet, flow);
+	now_ns = sender.sent_ns ? sender.sent_ns : bpf_ktime_get_coarse_ns();
+	see_flow(packet, flow, now_ns);
 	__sync_fetch_and_add(&flow->packets, segments);
+	if (packet->tcp_flags & TCP_SYN)
+		flow->next_sequence = behind(packet);
 	if (!packet->payload_bytes)
 		return 0;
 
+	if (packet->key.protocol == IPPROTO_TCP && packet->fragment != LATER_FRAGMENT) {
+		repeated = (__s32)(behind(packet) - flow->next_sequence) <= 0;
+		if (!repeated)
+			flow->next_sequence = behind(packet);
+	}
+	silent_ns = now_ns - flow->last_data_ns;
+	if ((__s64)silent_ns > 0) {
+		if (silent_ns >= settings->quiet_ns)
+			after_silence(flow, packet, repeated, &sender, now_ns, silent_ns, settings, counters);
+		flow->last_data_ns = now_ns;
+	}
+#if SEES_BACKLOG
+	if (sender.known && !repeated && !(flow->flags & FLOW_UNSENT) != (sender.written == behind(packet)))
+		flow->flags ^= FLOW_UNSENT;
+#endif
 	attained_bytes = flow->attained_bytes;
 	__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
-	level = flow->flags & FLOW_SAW_START ? level_of(settings, attained_bytes) : last_level(settings);
+	level = last_level(settings);
+	if (flow->flags & FLOW_SAW_MESSAGE)
+		level = level_of(settings, rank_of(flow, attained_bytes, packet, &sender, settings));
+#if BACKLOG_RULE == 3
+	if (level < flow->level && flow->level < 8) {
+		if (sender.blocked || sender.written != flow->hint_sequence || level >= 7 ||
+		    (__u64)(__u32)(sender.written - sender.una) * 2 > settings->thresholds[level & 7])
+			level = flow->level;
+	}
+	flow->hint_sequence = sender.written;
+#endif
 	if (flow->level != level)
 		flow->level = level;
+	if (repeated && level < last_level(settings))
+		return 0;
+	if (flow->flags & FLOW_TURN) {
+		if (attained_bytes < flow->turn_ends_bytes)
+			return 0;
+		flow->flags &= ~FLOW_TURN;
+	}
 	return level;
 }

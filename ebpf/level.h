@@ -15,6 +15,13 @@ struct settings {
 	__u8 levels;                      /* K; 0: nothing was set yet, so count and do not tag */
 	__u8 observe;                     /* 1: compute and count everything, change no packet */
 	__u8 pad[6];
+	/* Messages and turns (message.h). All ones: never. */
+	__u64 quiet_ns;     /* silence that is worth a closer look: the least of the three below */
+	__u64 gap_ns;       /* least silence between two messages of a local TCP socket */
+	__u64 blind_gap_ns; /* the same where there is no such socket to ask */
+	__u64 starved_ns;   /* silence with data waiting after which a flow gets a turn at the top ... */
+	__u64 turn_bytes;   /* ... of so many bytes */
+	__u64 use_backlog;  /* 1: rank by what the send buffer shows (backlog.h); 0: by attained service alone */
 };
 
 /* Key: slot, 0 or 1. Value: one whole vector of settings. */

@@ -87,6 +87,13 @@ union kept_outcome {
 	};
 };
 
+static __always_inline int is_excluded(const struct flow_state *flow)
+{
+	union kept_outcome kept = {.word = flow->rules};
+
+	return kept.treatment == TREAT_EXCLUDE;
+}
+
 static __always_inline __u64 rules_by_prefix(__u32 slot, __u8 dimension, const void *value, __u32 bytes)
 {
 	struct prefix_key key = {.bits = 32 + bytes * 8, .slot = slot, .dimension = dimension};

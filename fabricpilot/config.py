@@ -56,9 +56,16 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     dscp: list[int] = []  # one code point per level; empty: what dscp_preset says
     dscp_preset: DscpPreset = "class-selectors"  # CS<K> downwards; "802.1p": as switches map PCP to K queues
     observe: bool = False  # true: compute and report everything, change no packet and no queue
+    mode: Literal["auto", "backlog", "attained"] = (
+        "auto"  # level by bytes written to a local TCP socket, or by bytes sent
+    )
     respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
     flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table
+    message_gap_us: int = 500  # least silence between two messages of a local TCP socket; twice its RTT if longer
+    blind_message_gap_ms: int = 200  # the same for flows without a local TCP socket: forwarded ones, UDP
+    starved_ms: int = 500  # silence with data waiting after which a flow gets a turn at the top; 0: never
+    turn_bytes: int = 65_536  # payload that such a turn is for
     pin_dir: str = "/sys/fs/bpf/fabricpilot"  # in a bpffs; programs and maps outlive the agent here
 
 
@@ -162,6 +169,10 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         _check_range("datapath.flow_entries", self.datapath.flow_entries, 1024, 16_777_216)
         _check_range("routes.gap_ms", self.routes.gap_ms, 0, 60_000)
         _check_range("datapath.idle_timeout_s", self.datapath.idle_timeout_s, 1, 86_400)
+        _check_range("datapath.message_gap_us", self.datapath.message_gap_us, 1, 60_000_000)
+        _check_range("datapath.blind_message_gap_ms", self.datapath.blind_message_gap_ms, 10, 600_000)
+        _check_range("datapath.starved_ms", self.datapath.starved_ms, 0, 600_000)
+        _check_range("datapath.turn_bytes", self.datapath.turn_bytes, 1500, 1 << 30)
 
     @property
     def thresholds(self) -> Thresholds:

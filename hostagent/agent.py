@@ -66,6 +66,7 @@ class Agent:
         self._sequence = 0
         self._last_report_ns = time.monotonic_ns()
         self._last_sent_bytes = sent_bytes(self.datapath.counters())
+        self._finished_before = self.datapath.finished_messages()
         self._read_s = 0.0
         self._read_at_ns = 0
         self._active = 0
@@ -138,10 +139,11 @@ class Agent:
     def report(self) -> None:
         """Read the flow table, forget what finished, tell central."""
         begin = time.perf_counter()
-        table = self.datapath.flows()
+        table, finished = self.datapath.flows(), self.datapath.finished_messages()
         last_threshold, idle_timeout_s = self.settings.thresholds.bytes[-1], self.config.datapath.idle_timeout_s
-        seen = observe(table, last_threshold, idle_timeout_s, self._read_at_ns)
-        self._read_at_ns = table.read_at_ns
+        since = finished.since(self._finished_before)
+        seen = observe(table, last_threshold, idle_timeout_s, self._read_at_ns, since)
+        self._read_at_ns, self._finished_before = table.read_at_ns, finished
         counters = self.datapath.counters()
         self._read_s = time.perf_counter() - begin
         self._active, self._long = seen.active, len(seen.long)
@@ -184,6 +186,7 @@ class Agent:
                 "backend": self.datapath.name,
                 "interfaces": self.roster.names if self.roster is not None else self.datapath.attached(),
                 "adopted": self.scheduled.adopted,
+                "mode": "backlog" if self.settings.use_backlog and self.datapath.sees_backlog() else "attained",
                 "thresholds": list(self.settings.thresholds.bytes),
                 "dscp": list(self.settings.dscp),
                 "active_flows": self._active,

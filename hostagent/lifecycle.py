@@ -17,11 +17,11 @@ from pathlib import Path
 import msgspec
 from pyroute2 import IPRoute
 
-from fabricpilot.config import AgentConfig, parse_rate
+from fabricpilot.config import AgentConfig, DatapathSection, parse_rate
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
-from hostagent.datapath.base import Datapath, Settings
+from hostagent.datapath.base import Datapath, MessageRule, Settings
 from hostagent.flow_control import FlowControl, check, open_flow_control, require
 from hostagent.nics import LinkWatch
 from hostagent.qdisc import QueuePlan, install, installed, make_plan, plan_queues, restore, supported_kinds
@@ -124,6 +124,8 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             priority=common_priority(plans) or (before.priority if before else (0,) * config.datapath.levels),
             respect_dscp=config.datapath.respect_dscp,
             observe=config.datapath.observe,
+            messages=_message_rule(config.datapath),
+            use_backlog=config.datapath.mode != "attained" and "backlog" in datapath.capabilities,
         )
         if already:  # if another version's takes its place, it is to go on tagging
             datapath.apply(settings)
@@ -207,6 +209,15 @@ def _roster(config: AgentConfig, datapath: Datapath, queues: dict[str, QueuePlan
     except BaseException:
         watch.close()
         raise
+
+
+def _message_rule(section: DatapathSection) -> MessageRule:
+    return MessageRule(
+        gap_ns=section.message_gap_us * 1_000,
+        blind_gap_ns=section.blind_message_gap_ms * 1_000_000,
+        starved_ns=section.starved_ms * 1_000_000,
+        turn_bytes=section.turn_bytes,
+    )
 
 
 def _thresholds(config: AgentConfig, before: Settings | None) -> Thresholds:

@@ -76,12 +76,12 @@ def demo(out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True, help="Results.")
 @json_option
 def run(schemes: tuple[str, ...], out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Run one trace under the schemes named: fifo, fabricpilot."""
-    from testbed.schemes import SCHEMES
+    """Run one trace under the schemes named: fifo, fabricpilot, fabricpilot-attained."""
+    from testbed.schemes import ALL_SCHEMES
 
     for scheme in schemes:
-        if scheme not in SCHEMES:
-            raise UsageError(f"scheme '{scheme}' is unknown; choose from {', '.join(SCHEMES)}")
+        if scheme not in ALL_SCHEMES:
+            raise UsageError(f"scheme '{scheme}' is unknown; choose from {', '.join(ALL_SCHEMES)}")
     _experiment(tuple(dict.fromkeys(schemes)), out, as_json, dry_run, options)
 
 
@@ -179,7 +179,7 @@ def _show_plan(plan: "RunPlan", flows: int, offered_load: float, schemes: Sequen
     from testbed.netns.registry import Run
     from testbed.netns.star import StarPlan
     from testbed.netns.switch_port import shape_command
-    from testbed.schemes import DSCP, FABRICPILOT
+    from testbed.schemes import dscp_of
 
     star = StarPlan(Run("RUN"), plan.senders)
     for namespace in star.namespaces:
@@ -188,7 +188,7 @@ def _show_plan(plan: "RunPlan", flows: int, offered_load: float, schemes: Sequen
         for line in lines:
             click.echo(f"ip -netns {namespace} {line}")
     for scheme in schemes:
-        command = " ".join(shape_command(plan.rate_bps, plan.buffer_bytes, DSCP if scheme == FABRICPILOT else None))
+        command = " ".join(shape_command(plan.rate_bps, plan.buffer_bytes, dscp_of(scheme)))
         click.echo(f"# {scheme}: in {star.switch}: {command}")
     click.echo(
         f"# {flows:,} flows of {plan.recipe.workload} x {plan.scale:g} at load {offered_load:.3f} "

@@ -49,12 +49,14 @@ class Daemons:
         programs: starts them.
         rate_bps: rate of the bottleneck; central is told that the senders share it.
         decision_s: how often central decides.
+        mode: of the agents' data path, "backlog" or "attained".
     """
 
     star: StarPlan
     programs: Programs
     rate_bps: int
     decision_s: float
+    mode: str = "backlog"
     central: Program | None = None
     agents: dict[str, Program] = field(default_factory=dict)
 
@@ -119,7 +121,12 @@ class Daemons:
         return self._write(
             f"agent-{host.name}.toml",
             host={"interfaces": [DATA_PORT], "name": host.name, "run_dir": str(self.dir / host.name)},
-            datapath={"pin_dir": str(self.dir / "bpf" / host.name)},
+            datapath={
+                "pin_dir": str(self.dir / "bpf" / host.name),
+                "mode": self.mode,
+                # One connection carries one message here, as the ground truth has it, however its sender pauses.
+                "message_gap_us": 60_000_000,
+            },
             link={
                 "endpoint": f"tcp://{self.star.controller_address}:{CENTRAL_PORT}",
                 "key": str(keys / "hosts" / f"{host.name}.key_secret"),

@@ -33,7 +33,7 @@ from testbed.netns.star import BOTTLENECK_PORT, MTU_BYTES, RTO_MIN_MS, StarPlan
 from testbed.netns.switch_port import PortCounters, port_counters, shape
 from testbed.netns.tcp import TcpCounters, base_rtt_us, tcp_counters
 from testbed.plan import RunPlan
-from testbed.schemes import DSCP, FABRICPILOT, in_force
+from testbed.schemes import ATTAINED, DSCP, FIFO, in_force
 
 
 class Steps(Protocol):
@@ -133,7 +133,7 @@ def _run_scheme(
     plan: RunPlan, scheme: str, star: StarPlan, trace: RecordedTrace, out_dir: Path, steps: Steps
 ) -> SchemeOutcome:
     programs = _programs(star, out_dir)
-    window = _CaptureWindow(plan, star) if scheme == FABRICPILOT else None
+    window = _CaptureWindow(plan, star) if scheme != FIFO else None
     steps.begin(f"{scheme}: get ready", 1)
     with in_force(scheme, star, programs, plan.rate_bps, plan.buffer_bytes, plan.decision_s) as daemons:
         steps.begin(f"{scheme}: {len(trace):,} flows", len(trace))
@@ -163,7 +163,7 @@ def _run_scheme(
     results.save(out_dir / "flows.csv")
     if window is not None and daemons is not None:
         steps.begin("check the DSCP of captured packets", 1)
-        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap")
+        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap", scheme != ATTAINED)
         steps.advance(1)
     return outcome
 
@@ -191,7 +191,7 @@ class _CaptureWindow:
             self._stopped = True
             self.ring.stop()
 
-    def verdict(self, daemons: Daemons, pcap: Path) -> Capture:
+    def verdict(self, daemons: Daemons, pcap: Path, written: bool) -> Capture:
         """Check what was captured."""
         assert self.ring is not None, "the traffic ended before the capture began"
         history: dict[str, Sequence[InForce]] = {}
@@ -201,7 +201,7 @@ class _CaptureWindow:
         window_s = (self.ring.ended_ns - self.ring.began_ns) / 1e9
         missed = self.ring.missed
         self.ring.close()
-        return Capture(pcap, packets, missed, window_s, check(read_packets(pcap), history, DSCP))
+        return Capture(pcap, packets, missed, window_s, check(read_packets(pcap), history, DSCP, written=written))
 
 
 def _programs(star: StarPlan, out_dir: Path) -> Programs:

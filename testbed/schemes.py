@@ -3,7 +3,9 @@
 Both have the same rate and the same buffer at the switch's port; only the order of service differs.
 
 - `fifo`: one queue, no agents. What a plain switch does.
-- `fabricpilot`: strict priority by DSCP at the port, an agent on every sender, central deciding the thresholds.
+- `fabricpilot`: strict priority by DSCP at the port, an agent on every sender, central deciding the thresholds; the
+  level of a flow is that of the bytes written to its socket so far.
+- `fabricpilot-attained`: the same, but the level is that of the bytes sent so far, as in AuTO and PIAS.
 """
 
 from collections.abc import Iterator
@@ -18,9 +20,16 @@ from testbed.netns.switch_port import shape
 
 FIFO = "fifo"
 FABRICPILOT = "fabricpilot"
-SCHEMES = (FIFO, FABRICPILOT)
+ATTAINED = "fabricpilot-attained"
+SCHEMES = (FIFO, FABRICPILOT)  # of the demo
+ALL_SCHEMES = (*SCHEMES, ATTAINED)
 
 DSCP = default_dscp(DEFAULT_LEVELS)  # what agents mark by default, and so what the switch serves by
+
+
+def dscp_of(scheme: str) -> tuple[int, ...] | None:
+    """What the switch serves by, None for one queue."""
+    return None if scheme == FIFO else DSCP
 
 
 @contextmanager
@@ -33,13 +42,13 @@ def in_force(
         UsageError: there is no such scheme.
         FabricpilotError: the port cannot be shaped or a daemon does not start.
     """
-    if scheme not in SCHEMES:
-        raise UsageError(f"scheme '{scheme}' is unknown; choose one of {', '.join(SCHEMES)}")
-    shape(programs, star, rate_bps, buffer_bytes, DSCP if scheme == FABRICPILOT else None)
+    if scheme not in ALL_SCHEMES:
+        raise UsageError(f"scheme '{scheme}' is unknown; choose one of {', '.join(ALL_SCHEMES)}")
+    shape(programs, star, rate_bps, buffer_bytes, dscp_of(scheme))
     if scheme == FIFO:
         yield None
         return
-    daemons = Daemons(star, programs, rate_bps, decision_s)
+    daemons = Daemons(star, programs, rate_bps, decision_s, "attained" if scheme == ATTAINED else "backlog")
     try:
         daemons.start()
         yield daemons

@@ -22,7 +22,7 @@ import numpy as np
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLOW_KEY_DTYPE
 from hostagent.datapath.ebpf import EbpfDatapath
-from hostagent.datapath.layout import COUNTERS_DTYPE, SETTINGS_DTYPE
+from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
 
 TC_ACT_UNSPEC = 0xFFFFFFFF
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -166,15 +166,18 @@ class KernelSender:
         self.datapath = EbpfDatapath(pin_dir, flow_entries)
         self.pin_dir = pin_dir
         self._program: int | None = None
+        self._sequences: dict[bytes, int] = {}  # next sequence number of each flow
 
     def reset(self) -> None:
         """As just loaded."""
+        self._sequences.clear()
         self.datapath._ensure_loaded()
         self.datapath.forget(self.datapath.flows().keys)
         self.datapath._evicted = 0
         maps = self.datapath._pins.maps
         zero = np.zeros(1, np.uint32)
-        bpf.update(maps["counters"], zero, np.zeros(bpf.possible_cpus(), COUNTERS_DTYPE))
+        for name, dtype in (("counters", COUNTERS_DTYPE), ("finished", FINISHED_DTYPE)):
+            bpf.update(maps[name], zero, np.zeros(bpf.possible_cpus(), dtype))
         for slot in range(2):
             bpf.update(maps["slots"], np.array([slot], np.uint32), np.zeros(1, SETTINGS_DTYPE))
 
@@ -204,15 +207,22 @@ class KernelSender:
         priority = int.from_bytes(after[_SKB_PRIORITY : _SKB_PRIORITY + 4].tobytes(), sys.byteorder)
         return Left(left, None if priority == self._UNTOUCHED_PRIORITY else priority, verdict)
 
-    def send(self, key, payload_bytes=0, *, syn=False, fin=False, rst=False, segments=1, dscp=0) -> Left:
+    def send(
+        self, key, payload_bytes=0, *, syn=False, fin=False, rst=False, segments=1, dscp=0, repeated=False
+    ) -> Left:
         """See `FakeDatapath.send`; at most 3,000 payload bytes."""
-        frame = build_frame(key, payload_bytes, syn=syn, fin=fin, rst=rst, dscp=dscp)
+        sequence = self._sequences.get(key.tobytes(), 1_000_000)
+        if repeated:
+            sequence -= payload_bytes
+        else:
+            self._sequences[key.tobytes()] = sequence + payload_bytes + syn
+        frame = build_frame(key, payload_bytes, syn=syn, fin=fin, rst=rst, dscp=dscp, sequence=sequence)
         if segments == 1:
             return self.run(frame)
         return self.run(frame, gso_size=-(-payload_bytes // segments), gso_segs=segments)
 
 
-def build_frame(key, payload_bytes=0, *, syn=False, fin=False, rst=False, dscp=0) -> bytes:
+def build_frame(key, payload_bytes=0, *, syn=False, fin=False, rst=False, dscp=0, sequence=0) -> bytes:
     """An Ethernet frame of the flow `key`, made by scapy."""
     from scapy.layers.inet import IP, TCP, UDP
     from scapy.layers.inet6 import IPv6
@@ -225,5 +235,5 @@ def build_frame(key, payload_bytes=0, *, syn=False, fin=False, rst=False, dscp=0
         ip = IPv6(src=str(source), dst=str(destination), tc=dscp << 2)
     ports = {"sport": int(key["source_port"]), "dport": int(key["destination_port"])}
     flags = "".join(letter for letter, given in (("S", syn), ("F", fin), ("R", rst)) if given) or "A"
-    transport = UDP(**ports) if int(key["protocol"]) == 17 else TCP(flags=flags, **ports)
+    transport = UDP(**ports) if int(key["protocol"]) == 17 else TCP(flags=flags, seq=sequence, **ports)
     return bytes(Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01") / ip / transport / (b"x" * payload_bytes))

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fabricpilot.histogram import BINS
 from fabricpilot.levels import Thresholds, check_dscp
 
 # Layout of `struct flow_key` in ebpf/parse.h; IPv4 addresses are IPv4-mapped (::ffff:a.b.c.d), ports in host order.
@@ -26,13 +27,21 @@ FLOW_KEY_DTYPE = np.dtype(
     ]
 )
 
-# Layout of `struct flow_state` in ebpf/flow.h. Times are CLOCK_MONOTONIC nanoseconds; the first is exact, the last is
-# exact once the flow has ended and that of the latest timer tick (1 to 10 ms) before. `level` is that of the latest
-# packet with payload.
+# Layout of `struct flow_state` in ebpf/flow.h. Times are CLOCK_MONOTONIC nanoseconds: exact where a local TCP socket
+# tells them, else of the latest timer tick (1 to 10 ms), but for the flow's first and, once it has ended, its last.
+# `level` is that of the latest packet with payload.
 FLOW_STATE_DTYPE = np.dtype(
     [
-        ("attained_bytes", "<u8"),
+        ("attained_bytes", "<u8"),  # of the current message
         ("packets", "<u8"),
+        ("last_data_ns", "<u8"),  # latest packet with payload
+        ("next_sequence", "<u4"),
+        ("hint_sequence", "<u4"),
+        ("turn_ends_bytes", "<u8"),
+        ("earlier_bytes", "<u8"),  # of all messages before the current one
+        ("message_began_ns", "<u8"),
+        ("last_message_bytes", "<u8"),  # the message before the current one; 0: there was none, or it is unknown
+        ("last_message_ns", "<u8"),
         ("first_seen_ns", "<u8"),
         ("last_seen_ns", "<u8"),
         ("level", "u1"),
@@ -46,7 +55,34 @@ FLOW_STATE_DTYPE = np.dtype(
 )
 
 FLAG_ENDED = 1  # a FIN or RST was sent; the entry waits to be read and forgotten
-FLAG_SAW_START = 2  # TCP: its SYN was seen, so attained_bytes is all it ever sent. UDP: always set
+FLAG_SAW_START = 2  # TCP: its SYN was seen, so its bytes are all it ever sent. UDP: always set
+FLAG_SAW_MESSAGE = 4  # the current message's start was seen, so attained_bytes is all of it
+FLAG_UNSENT = 8  # the latest packet left unsent bytes behind in the send buffer
+FLAG_TURN = 16  # a starved flow has a turn at the top
+
+
+@dataclass(frozen=True)
+class MessageRule:
+    """When a flow's count starts again, and when a starved flow gets a turn at the top (ebpf/message.h).
+
+    Attributes:
+        gap_ns: least silence between two messages of a local TCP socket whose send buffer is empty; twice the
+            round-trip time where that is longer.
+        blind_gap_ns: silence between two messages where there is no such socket.
+        starved_ns: silence with data waiting after which a flow gets a turn; 0: never. Each waits up to twice that.
+        turn_bytes: payload that a turn is for.
+    """
+
+    gap_ns: int = 500_000
+    blind_gap_ns: int = 200_000_000
+    starved_ns: int = 500_000_000
+    turn_bytes: int = 65_536
+
+    def __post_init__(self) -> None:
+        for name in ("gap_ns", "blind_gap_ns", "starved_ns", "turn_bytes"):
+            if not 0 <= getattr(self, name) < 2**62:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be 0 to 2^62")
+
 
 # What a data path may or may not be able to do; each declares its own (`Datapath.capabilities`). `agent check` shows
 # what the one at hand lacks, and a configuration that needs more is refused.
@@ -57,7 +93,8 @@ CAPABILITIES: Final = {
     "evict": "makes room for new flows in a full flow table",
     "forget": "takes a forgotten flow that goes on for a new one",
     "bridged": "schedules bridged packets too, beside local and routed ones",
-    "backlog": "levels by what a socket has left to send",
+    "messages": "starts a flow's count again with each of its messages",
+    "backlog": "levels by what was written to a local TCP socket",
 }
 
 
@@ -71,6 +108,8 @@ class Settings:
         priority: `skb->priority` per level, in the form the NIC's qdisc reads.
         respect_dscp: leave packets alone that carry a DSCP which is none of ours and not 0.
         observe: compute and count everything, change no packet.
+        messages: when a flow's count starts again.
+        use_backlog: rank by what the send buffer shows, where it can be seen.
     """
 
     thresholds: Thresholds
@@ -78,6 +117,8 @@ class Settings:
     priority: tuple[int, ...]
     respect_dscp: bool = True
     observe: bool = False
+    messages: MessageRule = MessageRule()
+    use_backlog: bool = False
 
     def __post_init__(self) -> None:
         check_dscp(self.dscp, self.thresholds.levels)
@@ -102,6 +143,25 @@ class FlowTable:
     def empty(cls, read_at_ns: int) -> "FlowTable":
         """A table without flows."""
         return cls(np.zeros(0, FLOW_KEY_DTYPE), np.zeros(0, FLOW_STATE_DTYPE), read_at_ns)
+
+
+@dataclass(frozen=True)
+class FinishedMessages:
+    """How large finished messages were and how long they took; bins of fabricpilot/histogram.py."""
+
+    sizes: npt.NDArray[np.int64]  # bytes, shape (BINS,)
+    durations: npt.NDArray[np.int64]  # microseconds, first packet to last, shape (BINS,)
+
+    @classmethod
+    def none(cls) -> "FinishedMessages":
+        """No message at all."""
+        return cls(np.zeros(BINS, np.int64), np.zeros(BINS, np.int64))
+
+    def since(self, before: "FinishedMessages") -> "FinishedMessages":
+        """Those that came after `before` was read; all, if counting began anew since."""
+        if (self.sizes < before.sizes).any() or (self.durations < before.durations).any():
+            return self
+        return FinishedMessages(self.sizes - before.sizes, self.durations - before.durations)
 
 
 class Datapath(Protocol):
@@ -149,6 +209,12 @@ class Datapath(Protocol):
 
     def forget(self, keys: npt.NDArray[np.void]) -> int:
         """Drop the given flows (FLOW_KEY_DTYPE, shape (n,)); returns how many were there."""
+
+    def finished_messages(self) -> FinishedMessages:
+        """Messages that were followed by another one of the same flow, cumulative since the data path was loaded."""
+
+    def sees_backlog(self) -> bool:
+        """Whether what is in the kernel can see send buffers, so that `Settings.use_backlog` has an effect."""
 
     def counters(self) -> dict[str, int]:
         """Cumulative counters by name (`layout.counter_names`, and a data path's own) since it was loaded."""

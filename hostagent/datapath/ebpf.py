@@ -25,10 +25,18 @@ from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
 from hostagent.datapath import tc_filter, upgrade
-from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable, Settings
+from hostagent.datapath.backlog_offsets import KERNEL_BTF
+from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings
 from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
 from hostagent.datapath.ebpf_loader import MAPS
-from hostagent.datapath.layout import COUNTERS_DTYPE, SETTINGS_DTYPE, name_counters, pack_settings, unpack_settings
+from hostagent.datapath.layout import (
+    COUNTERS_DTYPE,
+    FINISHED_DTYPE,
+    SETTINGS_DTYPE,
+    name_counters,
+    pack_settings,
+    unpack_settings,
+)
 from hostagent.datapath.pins import Pins
 from hostagent.datapath.source import fingerprint, map_layouts
 from hostagent.datapath.tc_filter import Interface
@@ -36,7 +44,12 @@ from hostagent.datapath.tc_filter import Interface
 log = logging.getLogger(__name__)
 
 _ZERO: Final = np.zeros(1, np.uint32)
-_READ: Final = {"flows": FLOW_STATE_DTYPE, "slots": SETTINGS_DTYPE, "counters": COUNTERS_DTYPE}
+_READ: Final = {
+    "flows": FLOW_STATE_DTYPE,
+    "slots": SETTINGS_DTYPE,
+    "counters": COUNTERS_DTYPE,
+    "finished": FINISHED_DTYPE,
+}
 
 
 class EbpfDatapath:
@@ -52,7 +65,7 @@ class EbpfDatapath:
     """
 
     name = "ebpf"
-    capabilities = frozenset({"adopt", "exact_payload", "segments", "evict", "forget", "bridged"})
+    capabilities = frozenset({"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages"})
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
         if not pin_dir.is_absolute() or "." in pin_dir.name:
@@ -66,6 +79,8 @@ class EbpfDatapath:
         self._ipr: IPRoute | None = None
         self._evicted = 0
         self._last_flows = 0
+        if KERNEL_BTF.exists():
+            self.capabilities |= {"backlog"}
         self._pins = Pins.open(pin_dir)
         if self._pins is not None and not pinned.check_namespace(self._pins):
             log.info("removing the data path pinned in %s: its network namespace no longer exists", pin_dir)
@@ -206,6 +221,20 @@ class EbpfDatapath:
         named["fresh_starts"] = int(identity["fresh_starts"])
         named["upgrades"] = int(identity["upgrades"])
         return named
+
+    def finished_messages(self) -> FinishedMessages:
+        """See `Datapath.finished_messages`."""
+        pins = self._readable()
+        if pins is None:
+            return FinishedMessages.none()
+        per_cpu = bpf.lookup_percpu(pins.maps["finished"], FINISHED_DTYPE)
+        sizes, durations = (per_cpu[field].sum(axis=0).astype(np.int64) for field in ("sizes", "durations"))
+        return FinishedMessages(sizes, durations)
+
+    def sees_backlog(self) -> bool:
+        """See `Datapath.sees_backlog`."""
+        pins = self._readable()
+        return pins is not None and bool(pins.identity()["sees_backlog"][0])
 
     def close(self) -> None:
         """See `Datapath.close`."""

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ MAPS: Final = (
     "rule_sets",
     "verdicts",
     "routes",
+    "finished",
 )
 
 _TIMEOUT_S: Final = 60.0
@@ -51,7 +52,9 @@ _UAPI_DIR: Final = Path("/usr/include")
 def load(
     pin_dir: Path, flow_entries: int, old_dir: Path | None = None, agreeing: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Run the loader child on an empty folder; returns what it says of its work (`instructions`, `seconds`, `kept`).
+    """Run the loader child on an empty folder; returns what it says of its work.
+
+    `instructions`, `seconds`, `kept`, and `blind`: why the program cannot see the backlog of sockets, "" if it can.
 
     Args:
         pin_dir: the folder.
@@ -136,8 +139,9 @@ def _compile_and_load(
     bcc = _import_bcc()
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     flags = [f"-I{_UAPI_DIR}", f"-I{_UAPI_DIR / multiarch}", "-Wno-macro-redefined"]
+    macros, blind = _backlog_macros()
     try:
-        module = bcc.BPF(text=program_source(flow_entries).encode(), cflags=flags)
+        module = bcc.BPF(text=program_source(flow_entries, macros=macros).encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
         raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
     maps = {name: module[name.encode()].map_fd for name in MAPS}
@@ -150,6 +154,7 @@ def _compile_and_load(
         _pin(pin_dir, {PROGRAM_PIN: program.fd, **maps})
     return {
         "ok": True,
+        "blind": blind,
         "instructions": len(module.dump_func(PROGRAM.encode())) // 8,
         "seconds": round(time.monotonic() - started, 3),
         "kept": kept,
@@ -181,6 +186,18 @@ def _die_with_parent() -> None:
     """An agent that is killed takes its loader along: nothing is pinned behind the back of the next one."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _backlog_macros() -> tuple[Mapping[str, int], str]:
+    """Offsets for ebpf/socket.h, and why there are none where there are none."""
+    from hostagent.datapath.backlog_offsets import KERNEL_BTF, backlog_macros
+
+    try:
+        return backlog_macros(), ""
+    except OSError:
+        return {}, f"{KERNEL_BTF} is missing: the kernel was built without CONFIG_DEBUG_INFO_BTF"
+    except (KeyError, ValueError) as error:
+        return {}, f"the kernel's BTF does not tell where it is: {error.args[0]}"
 
 
 def _pin(pin_dir: Path, objects: dict[str, int]) -> None:

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fabricpilot.histogram import bin_of
 from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath.base import (
     FLAG_ENDED,
+    FLAG_SAW_MESSAGE,
     FLAG_SAW_START,
+    FLAG_TURN,
     FLOW_KEY_DTYPE,
     FLOW_STATE_DTYPE,
+    FinishedMessages,
     FlowTable,
     Settings,
 )
@@ -45,6 +49,7 @@ class _Packet:
     syn: bool = False
     fin: bool = False
     rst: bool = False
+    repeated: bool = False
 
 
 class FakeDatapath:
@@ -55,7 +60,7 @@ class FakeDatapath:
     """
 
     name = "fake"
-    capabilities = frozenset({"exact_payload", "segments", "evict", "forget"})
+    capabilities = frozenset({"exact_payload", "segments", "evict", "forget", "messages"})
 
     def __init__(self, flow_entries: int = 131_072) -> None:
         self._flow_entries = flow_entries
@@ -63,6 +68,7 @@ class FakeDatapath:
         self._interfaces: set[str] = set()
         self._flows: OrderedDict[bytes, npt.NDArray[np.void]] = OrderedDict()  # least recently used first
         self._counted: Counter[str] = Counter()
+        self._finished = FinishedMessages.none()
 
     def attach(self, interface: str) -> bool:
         """See `Datapath.attach`."""
@@ -87,6 +93,7 @@ class FakeDatapath:
         self._interfaces.clear()
         self._flows.clear()
         self._counted.clear()
+        self._finished = FinishedMessages.none()
         self._settings = None
 
     def apply(self, settings: Settings) -> None:
@@ -114,6 +121,14 @@ class FakeDatapath:
         levels = self._settings.thresholds.levels if self._settings else MAX_LEVELS
         return {name: self._counted[name] for name in counter_names(levels)}
 
+    def finished_messages(self) -> FinishedMessages:
+        """See `Datapath.finished_messages`."""
+        return FinishedMessages(self._finished.sizes.copy(), self._finished.durations.copy())
+
+    def sees_backlog(self) -> bool:
+        """See `Datapath.sees_backlog`: here are no sockets."""
+        return False
+
     def close(self) -> None:
         """See `Datapath.close`."""
 
@@ -127,6 +142,7 @@ class FakeDatapath:
         rst: bool = False,
         segments: int = 1,
         dscp: int = 0,
+        repeated: bool = False,
     ) -> Tag:
         """One packet leaves; returns what it left with.
 
@@ -138,10 +154,11 @@ class FakeDatapath:
             rst: see above.
             segments: how many packets a GSO packet stands for.
             dscp: what the packet carries before.
+            repeated: TCP: its bytes were sent before.
         """
         packet = _Packet(key.tobytes(), payload_bytes, segments)
         if int(key["protocol"]) == _TCP:
-            packet = _Packet(key.tobytes(), payload_bytes, segments, tcp=True, syn=syn, fin=fin, rst=rst)
+            packet = _Packet(key.tobytes(), payload_bytes, segments, True, syn, fin, rst, repeated)
         level = self._account(packet)
         return self._mark(level, dscp, payload_bytes, segments)
 
@@ -151,28 +168,65 @@ class FakeDatapath:
             if packet.payload_bytes == 0 and (not packet.syn or packet.rst):
                 return 0
             flow = self._insert(packet.key, saw_start=packet.syn or not packet.tcp)
-        elif packet.syn and (flow["attained_bytes"] or int(flow["flags"]) & FLAG_ENDED):
+        elif packet.syn and (flow["attained_bytes"] or flow["earlier_bytes"] or int(flow["flags"]) & FLAG_ENDED):
             self._counted["flows_restarted"] += 1
-            self._counted["restarted_bytes"] += int(flow["attained_bytes"])
+            self._counted["restarted_bytes"] += int(flow["attained_bytes"]) + int(flow["earlier_bytes"])
+            self._record_message(flow)
             flow = self._flows[packet.key] = _fresh(saw_start=True)
         self._flows.move_to_end(packet.key)
+        now_ns = time.monotonic_ns()
         if not int(flow["flags"]) & FLAG_ENDED:
-            flow["last_seen_ns"] = time.monotonic_ns()
+            flow["last_seen_ns"] = now_ns
             if packet.fin or packet.rst:
                 flow["flags"] |= FLAG_ENDED
         flow["packets"] += packet.segments
         if packet.payload_bytes == 0:
             return 0
+        repeated = packet.repeated and packet.tcp
+        self._after_silence(flow, now_ns, repeated)
+        flow["last_data_ns"] = now_ns
         attained_bytes = int(flow["attained_bytes"])
         flow["attained_bytes"] += packet.payload_bytes
-        flow["level"] = self._level(attained_bytes, saw_start=bool(int(flow["flags"]) & FLAG_SAW_START))
-        return int(flow["level"])
+        flow["level"] = level = self._level(attained_bytes, known=bool(int(flow["flags"]) & FLAG_SAW_MESSAGE))
+        if repeated and self._settings is not None and level < self._settings.thresholds.levels - 1:
+            return 0
+        if int(flow["flags"]) & FLAG_TURN:
+            if attained_bytes < flow["turn_ends_bytes"]:
+                return 0
+            flow["flags"] = int(flow["flags"]) & ~FLAG_TURN
+        return level
 
-    def _level(self, attained_bytes: int, saw_start: bool) -> int:
+    def _level(self, attained_bytes: int, known: bool) -> int:
         if self._settings is None:
             return 0
         thresholds = self._settings.thresholds
-        return thresholds.level_of(attained_bytes) if saw_start else thresholds.levels - 1
+        return thresholds.level_of(attained_bytes) if known else thresholds.levels - 1
+
+    def _after_silence(self, flow: npt.NDArray[np.void], now_ns: int, repeated: bool) -> None:
+        if self._settings is None or int(flow["flags"]) & FLAG_ENDED:
+            return
+        rule, silent_ns = self._settings.messages, now_ns - int(flow["last_data_ns"])
+        draw = int(flow["first_seen_ns"]) >> 10 & 0xFF
+        if silent_ns >= rule.blind_gap_ns and not repeated:
+            duration_ns = max(0, int(flow["last_data_ns"]) - int(flow["message_began_ns"]))
+            self._record_message(flow)
+            if int(flow["flags"]) & FLAG_SAW_MESSAGE:
+                flow["last_message_bytes"], flow["last_message_ns"] = flow["attained_bytes"], duration_ns
+            flow["earlier_bytes"] += flow["attained_bytes"]
+            flow["attained_bytes"], flow["message_began_ns"] = 0, now_ns
+            flow["flags"] = (int(flow["flags"]) | FLAG_SAW_MESSAGE) & ~FLAG_TURN
+        elif rule.starved_ns and silent_ns >= rule.starved_ns + (rule.starved_ns >> 8) * draw:
+            self._counted["turns"] += 1
+            flow["turn_ends_bytes"] = flow["attained_bytes"] + rule.turn_bytes
+            flow["flags"] |= FLAG_TURN
+
+    def _record_message(self, flow: npt.NDArray[np.void]) -> None:
+        if not flow["attained_bytes"] or not int(flow["flags"]) & FLAG_SAW_MESSAGE:
+            return
+        self._counted["messages_finished"] += 1
+        duration_ns = max(0, int(flow["last_data_ns"]) - int(flow["message_began_ns"]))
+        self._finished.sizes[bin_of(int(flow["attained_bytes"]))] += 1
+        self._finished.durations[bin_of(duration_ns // 1000)] += 1
 
     def _insert(self, key: bytes, saw_start: bool) -> npt.NDArray[np.void]:
         if len(self._flows) >= self._flow_entries:
@@ -201,6 +255,7 @@ class FakeDatapath:
 
 def _fresh(saw_start: bool) -> npt.NDArray[np.void]:
     flow = np.zeros((), FLOW_STATE_DTYPE)
-    flow["first_seen_ns"] = flow["last_seen_ns"] = time.monotonic_ns()
-    flow["flags"] = FLAG_SAW_START if saw_start else 0
+    for field in ("first_seen_ns", "last_seen_ns", "last_data_ns", "message_began_ns"):
+        flow[field] = time.monotonic_ns() if field == "first_seen_ns" else flow["first_seen_ns"]
+    flow["flags"] = FLAG_SAW_START | FLAG_SAW_MESSAGE if saw_start else 0
     return flow

@@ -6,8 +6,9 @@
 import numpy as np
 import numpy.typing as npt
 
+from fabricpilot.histogram import BINS
 from fabricpilot.levels import MAX_LEVELS, Thresholds
-from hostagent.datapath.base import Settings
+from hostagent.datapath.base import MessageRule, Settings
 
 SETTINGS_DTYPE = np.dtype(
     [
@@ -18,8 +19,17 @@ SETTINGS_DTYPE = np.dtype(
         ("levels", "u1"),
         ("observe", "u1"),
         ("pad", "u1", 6),
+        ("quiet_ns", "<u8"),
+        ("gap_ns", "<u8"),
+        ("blind_gap_ns", "<u8"),
+        ("starved_ns", "<u8"),
+        ("turn_bytes", "<u8"),
+        ("use_backlog", "<u8"),
     ]
 )
+
+# `struct finished_messages` in ebpf/message.h.
+FINISHED_DTYPE = np.dtype([("sizes", "<u8", BINS), ("durations", "<u8", BINS)])
 
 # Why a packet was left alone, in the order of `enum untracked_reason`; its code 0 is no reason.
 UNTRACKED_REASONS = (
@@ -45,6 +55,8 @@ SINGLE_COUNTERS = (
     "flows_midlife",
     "flows_restarted",
     "restarted_bytes",
+    "messages_finished",
+    "turns",
     "insert_failed",
     "write_failed",
 )
@@ -59,6 +71,7 @@ COUNTERS_DTYPE = np.dtype(
 )
 
 _NO_THRESHOLD = 2**64 - 1
+_NEVER = 2**64 - 1
 _ANY_DSCP = 2**64 - 1
 
 
@@ -72,6 +85,11 @@ def pack_settings(settings: Settings) -> npt.NDArray[np.void]:
     packed["dscp"][:levels] = settings.dscp
     packed["levels"] = levels
     packed["observe"] = settings.observe
+    rule = settings.messages
+    starved_ns = rule.starved_ns or _NEVER
+    packed["quiet_ns"] = min(rule.gap_ns, rule.blind_gap_ns, starved_ns)
+    packed["gap_ns"], packed["blind_gap_ns"], packed["starved_ns"] = rule.gap_ns, rule.blind_gap_ns, starved_ns
+    packed["turn_bytes"], packed["use_backlog"] = rule.turn_bytes, settings.use_backlog
     # Unmarked packets and those marked by us before (retransmissions keep the socket's mark, forwarded ones the
     # sender's) may be marked anew.
     packed["writable_dscp"] = sum(1 << dscp for dscp in {0, *settings.dscp}) if settings.respect_dscp else _ANY_DSCP
@@ -89,6 +107,13 @@ def unpack_settings(packed: npt.NDArray[np.void]) -> Settings | None:
         priority=tuple(int(p) for p in packed["priority"][:levels]),
         respect_dscp=int(packed["writable_dscp"]) != _ANY_DSCP,
         observe=bool(packed["observe"]),
+        messages=MessageRule(
+            gap_ns=int(packed["gap_ns"]),
+            blind_gap_ns=int(packed["blind_gap_ns"]),
+            starved_ns=0 if int(packed["starved_ns"]) == _NEVER else int(packed["starved_ns"]),
+            turn_bytes=int(packed["turn_bytes"]),
+        ),
+        use_backlog=bool(packed["use_backlog"]),
     )
 
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from fabricpilot.errors import KernelError, UsageError
 from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath import nft_rules, nft_table
-from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FlowTable, Settings
+from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FinishedMessages, FlowTable, Settings
 from hostagent.datapath.conntrack_flows import (
     NO_FLOWS,
     Flows,
@@ -207,6 +207,14 @@ class NftablesDatapath:
         named["packets_level_0"] += kernel["top"].packets
         named |= {name: kernel[name].packets for name in nft_rules.COUNTERS if name in named}
         return named | self._counted
+
+    def finished_messages(self) -> FinishedMessages:
+        """See `Datapath.finished_messages`: conntrack counts connections, so messages are not told apart."""
+        return FinishedMessages.none()
+
+    def sees_backlog(self) -> bool:
+        """See `Datapath.sees_backlog`."""
+        return False
 
     def close(self) -> None:
         """See `Datapath.close`."""

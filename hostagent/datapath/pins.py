@@ -39,6 +39,7 @@ IDENTITY_DTYPE: Final = np.dtype(
         # Only ever append here: a shorter record of an earlier version reads as zeros.
         ("upgrades", "<u8"),  # how often another version took over in place
         ("flows_carried", "<u8"),  # flows that were in the table when the counters last began at 0
+        ("sees_backlog", "<u8"),  # 1: the program knows where this kernel keeps what a socket has to send
     ]
 )
 _LAYOUT_DTYPE: Final = np.dtype([("fingerprint", "u1", 32)])
@@ -153,7 +154,12 @@ def kept_maps(agreeing: Collection[str]) -> set[str]:
 
 
 def complete(
-    directory: Path, fingerprint: bytes, layouts: Mapping[str, bytes], before: Pins | None, kept: Collection[str]
+    directory: Path,
+    fingerprint: bytes,
+    layouts: Mapping[str, bytes],
+    before: Pins | None,
+    kept: Collection[str],
+    sees_backlog: bool,
 ) -> None:
     """Add user space's own maps to what the loader has pinned, `identity` last.
 
@@ -163,6 +169,7 @@ def complete(
         layouts: what its maps hold.
         before: the data path that is replaced.
         kept: names of the maps that were taken over from it.
+        sees_backlog: the program can see what sockets have left to send.
     """
     identity = np.zeros(1, IDENTITY_DTYPE)
     if before is None:
@@ -170,6 +177,7 @@ def complete(
     else:
         bpf.obj_pin(before.maps["interfaces"], directory / "interfaces")
         identity = _successor(before, kept)
+    identity["sees_backlog"] = sees_backlog
     identity["fingerprint"] = np.frombuffer(fingerprint, np.uint8)
     identity["network_namespace"] = current_network_namespace()
     names = np.array([name.encode() for name in layouts], _NAME_DTYPE["name"]).view(_NAME_DTYPE)

@@ -8,10 +8,12 @@ every struct, enum and macro it leads to, so a field that changes its meaning mu
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
-from hostagent.datapath.layout import COUNTERS_DTYPE, SETTINGS_DTYPE
+from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
 
 EBPF_DIR = Path(__file__).resolve().parents[2] / "ebpf"
 STUB_KERNEL_DIR = EBPF_DIR / "stub"  # the little that bcc wants of a kernel source tree
@@ -20,9 +22,19 @@ PROGRAM = "fabricpilot_egress"
 _OWN_INCLUDE = re.compile(r'#include "([\w.]+)"')
 
 
-def program_source(flow_entries: int, directory: Path = EBPF_DIR) -> str:
-    """The whole program as one C text, with a flow table of `flow_entries`."""
-    return f"#define FLOW_ENTRIES {flow_entries}\n" + "\n".join(_inlined("egress.c", directory, set())) + "\n"
+def program_source(
+    flow_entries: int, directory: Path = EBPF_DIR, macros: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """The whole program as one C text, with a flow table of `flow_entries`.
+
+    Args:
+        flow_entries: size of the flow table.
+        directory: where the sources are.
+        macros: further numbers to define; what the running kernel decides, so not part of the fingerprint.
+    """
+    defined = {"FLOW_ENTRIES": flow_entries, **macros}
+    head = [f"#define {name} {value}" for name, value in defined.items()]
+    return "\n".join([*head, *_inlined("egress.c", directory, set())]) + "\n"
 
 
 def _inlined(name: str, directory: Path, seen: set[str]) -> list[str]:
@@ -39,7 +51,8 @@ def _inlined(name: str, directory: Path, seen: set[str]) -> list[str]:
 
 def fingerprint(flow_entries: int) -> bytes:
     """32 bytes that are equal exactly when program and maps are."""
-    layouts = [FLOW_KEY_DTYPE.descr, FLOW_STATE_DTYPE.descr, SETTINGS_DTYPE.descr, COUNTERS_DTYPE.descr]
+    dtypes = (FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, SETTINGS_DTYPE, COUNTERS_DTYPE, FINISHED_DTYPE)
+    layouts = [dtype.descr for dtype in dtypes]
     return hashlib.sha256(f"{layouts}\n{program_source(flow_entries)}".encode()).digest()
 
 

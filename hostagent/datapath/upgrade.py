@@ -58,7 +58,7 @@ def load_beside(
         said = load(new, flow_entries, before.directory if before is not None else None, agreeing)
         kept = said.get("kept", [])
         try:
-            pinned.complete(new, fingerprint, layouts, before, kept)
+            pinned.complete(new, fingerprint, layouts, before, kept, not said["blind"])
         except OSError as error:
             raise KernelError(f"cannot pin the data path in {new}: {error.strerror}") from error
         pins = Pins.open(new)
@@ -66,6 +66,8 @@ def load_beside(
             raise KernelError(f"{new} vanished while the data path was loaded; is something else removing pins?")
         undo.pop_all()
     log.info("loaded the BPF program: %s instructions in %s s", said["instructions"], said["seconds"])
+    if said["blind"]:
+        log.warning("the backlog of sockets cannot be seen, levels follow bytes sent: %s", said["blind"])
     if before is None:
         return Loaded(pins, "", False)
     afresh = sorted(set(layouts).difference(kept))

@@ -1,8 +1,15 @@
 """Says which DSCP every captured packet should have carried, from the packets alone.
 
-An oracle of its own: it shares neither code nor data with the egress program. It knows the rule (the level of the
-payload bytes sent before this packet, retransmissions included; packets without payload at the top), the code point
-of each level, and which thresholds were in force at which time.
+An oracle of its own: it shares neither code nor data with the egress program. It knows the rules, the code point of
+each level, and which thresholds were in force at which time:
+
+- `attained`: the level of the payload bytes sent before this packet, retransmissions included. `written`: that of the
+  bytes written by then, of which the packets say only that they are no fewer than were sent and no more than the flow
+  has in all; so every level in between is right.
+- Packets without payload, and retransmissions of a flow that is not on the last level, are at the top.
+- A flow that was silent for long may have a turn at the top.
+
+One connection is taken for one message.
 
     capture order -> per flow, from its SYN -> order of sending (IP identification) -> bytes before -> level
 
@@ -63,17 +70,29 @@ class Verdict:
     wrong: list[WrongPacket] = field(default_factory=list)
 
 
+# Silence after which an agent gives a flow a turn by default, and what the turn is for.
+_STARVED_NS = 500_000_000
+_TURN_BYTES = 65_536
+
 _SHOWN_WRONG = 10
+_SEQUENCES = 1 << 32
 _ID_HALF, _ID_ALL = 1 << 15, 1 << 16  # IP identification has 16 bits
 
 
-def check(packets: Iterable[SeenPacket], history: Mapping[str, Sequence[InForce]], dscp: Sequence[int]) -> Verdict:
+def check(
+    packets: Iterable[SeenPacket],
+    history: Mapping[str, Sequence[InForce]],
+    dscp: Sequence[int],
+    *,
+    written: bool = False,
+) -> Verdict:
     """Check all packets.
 
     Args:
         packets: in capture order; only those that senders sent.
         history: thresholds by the host's address, each list ascending in time.
         dscp: the code point of each level.
+        written: flows are ranked by the bytes written so far, not by those sent.
     """
     verdict = Verdict()
     by_key: dict[FlowKey, list[SeenPacket]] = {}
@@ -83,7 +102,7 @@ def check(packets: Iterable[SeenPacket], history: Mapping[str, Sequence[InForce]
         for flow in _flows_of(of_key):
             if flow[0].syn:
                 verdict.flows += 1
-                _check_flow(flow, history.get(key.source, ()), dscp, verdict)
+                _check_flow(flow, history.get(key.source, ()), dscp, written, verdict)
             else:
                 verdict.skipped_flows += 1
                 verdict.skipped_packets += len(flow)
@@ -103,14 +122,26 @@ def _flows_of(packets: list[SeenPacket]) -> Iterator[list[SeenPacket]]:
     yield flow
 
 
-def _check_flow(flow: list[SeenPacket], known: Sequence[InForce], dscp: Sequence[int], verdict: Verdict) -> None:
-    attained_bytes = 0
+def _check_flow(
+    flow: list[SeenPacket], known: Sequence[InForce], dscp: Sequence[int], written: bool, verdict: Verdict
+) -> None:
+    in_all_bytes = _size_bytes(flow) if written else None
+    attained_bytes = turn_until_bytes = last_payload_ns = 0
+    highest: int | None = None
     whole = True
     for packet, follows in _as_sent(flow):
         whole = whole and follows
         if packet.payload_bytes and not whole:
             continue  # something before it is missing: how much its flow had sent is not known
-        demanded = _demanded(packet, attained_bytes, known, dscp)
+        repeated, highest = _repeated(packet, highest)
+        if packet.payload_bytes:
+            if last_payload_ns and packet.time_ns - last_payload_ns >= _STARVED_NS:
+                turn_until_bytes = attained_bytes + _TURN_BYTES
+            last_payload_ns = packet.time_ns
+        most_bytes = attained_bytes if in_all_bytes is None else max(attained_bytes, in_all_bytes - 1)
+        demanded = _demanded(packet, (attained_bytes, most_bytes), repeated, known, dscp)
+        if demanded and attained_bytes < turn_until_bytes:
+            demanded.add(dscp[0])
         attained_bytes += packet.payload_bytes
         if not demanded:
             continue  # no thresholds are known for this moment
@@ -118,21 +149,51 @@ def _check_flow(flow: list[SeenPacket], known: Sequence[InForce], dscp: Sequence
         verdict.by_dscp[packet.dscp] = verdict.by_dscp.get(packet.dscp, 0) + 1
         if packet.dscp in demanded:
             verdict.correct += 1
-            verdict.at_change += len(demanded) > 1
+            verdict.at_change += len(demanded) > 1 and not written
         elif len(verdict.wrong) < _SHOWN_WRONG:
             verdict.wrong.append(WrongPacket(packet, attained_bytes - packet.payload_bytes, tuple(sorted(demanded))))
     verdict.incomplete_flows += not whole
 
 
-def _demanded(packet: SeenPacket, attained_bytes: int, known: Sequence[InForce], dscp: Sequence[int]) -> set[int]:
-    """DSCP values that are right for this packet; more than one only while thresholds change."""
+def _size_bytes(flow: list[SeenPacket]) -> int:
+    """What the flow has sent in all; without bound where its end was not captured."""
+    if not any(packet.fin for packet in flow):
+        return 1 << 62
+    return sum(packet.payload_bytes for packet in flow)
+
+
+def _repeated(packet: SeenPacket, highest: int | None) -> tuple[bool, int | None]:
+    """Whether all of a packet's payload was sent before, and the sequence number behind all that was sent."""
+    if packet.sequence is None:
+        return False, highest
+    end = (packet.sequence + packet.payload_bytes + packet.syn) % _SEQUENCES
+    if highest is None:
+        return False, end
+    ahead = (end - highest + _SEQUENCES // 2) % _SEQUENCES - _SEQUENCES // 2
+    return packet.payload_bytes > 0 and ahead <= 0, end if ahead > 0 else highest
+
+
+def _demanded(
+    packet: SeenPacket,
+    rank_bytes: tuple[int, int],
+    repeated: bool,
+    known: Sequence[InForce],
+    dscp: Sequence[int],
+) -> set[int]:
+    """DSCP values that are right for this packet, whose flow ranks by a number in the closed range `rank_bytes`."""
     if packet.payload_bytes == 0:
         return {dscp[0]}
     right = set()
     for number, vector in enumerate(known):
         until_ns = known[number + 1].latest_ns if number + 1 < len(known) else packet.time_ns
         if vector.earliest_ns <= packet.time_ns <= until_ns:
-            right.add(dscp[vector.thresholds.level_of(attained_bytes)])
+            lowest, highest = (vector.thresholds.level_of(rank) for rank in rank_bytes)
+            levels = set(range(lowest, highest + 1))
+            if repeated:  # the top, unless the flow is on the last level
+                levels = {0} | (levels & {vector.thresholds.levels - 1})
+                if lowest == vector.thresholds.levels - 1:
+                    levels = {lowest}
+            right |= {dscp[level] for level in levels}
     return right
 
 

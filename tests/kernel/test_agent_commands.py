@@ -29,6 +29,9 @@ class Host:
     def __init__(self, name, peer, directory, pins):
         self.name, self.peer = name, peer
         self.options = ("--pin-dir", str(pins / "fabricpilot"), "--set", f"host.run_dir={directory}", "-i", "nic")
+        # What these tests send is one message by bytes sent, whatever pauses a busy machine makes in it.
+        self.options += ("--set", "datapath.mode=attained", "--set", "datapath.message_gap_us=60000000")
+        self.options += ("--set", "datapath.blind_message_gap_ms=600000", "--set", "datapath.starved_ms=0")
         self.log = (directory / "agent.log").open("w")
         self.started = []
         with IPRoute(netns=name) as ipr:

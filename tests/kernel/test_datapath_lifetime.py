@@ -189,11 +189,11 @@ def test_killed_agent_leaves_everything_and_the_next_one_adopts_it(pin_dir, nic)
     assert agent.stdout.readline() == "False\n"  # the agent never imported bcc
     program = bpf.obj_get(pin_dir / "egress")
     bpf.prog_test_run(program, build_frame(flow_key(), syn=True))
-    bpf.prog_test_run(program, build_frame(flow_key(), 1200))
+    bpf.prog_test_run(program, build_frame(flow_key(), 1200, sequence=1))
     agent.send_signal(signal.SIGKILL)
     agent.communicate()
 
-    bpf.prog_test_run(program, build_frame(flow_key(), 300))
+    bpf.prog_test_run(program, build_frame(flow_key(), 300, sequence=1201))
     os.close(program)
     next_agent = EbpfDatapath(pin_dir, 4096)
     assert next_agent.adopted
@@ -380,7 +380,7 @@ def test_source_that_does_not_compile_is_one_line(pin_dir, nic, monkeypatch, tmp
     # The child imports source.py itself, so its folder is given by a sitecustomize in front of its path.
     (tmp_path / "sitecustomize.py").write_text(
         "import hostagent.datapath.source as s\nfrom pathlib import Path\n"
-        f"s.program_source.__defaults__ = (Path({str(broken)!r}),)\n"
+        f"s.program_source.__defaults__ = (Path({str(broken)!r}), {{}})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     datapath = EbpfDatapath(pin_dir, 4096)

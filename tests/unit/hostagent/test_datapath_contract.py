@@ -6,6 +6,8 @@ the other two (`owns_its_table`).
 """
 
 import os
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +15,17 @@ from datapath_kit import flow_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fabricpilot.histogram import LogHistogram
 from fabricpilot.levels import Thresholds
-from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, Datapath, Settings
+from hostagent.datapath.base import (
+    FLAG_ENDED,
+    FLAG_SAW_START,
+    FLOW_KEY_DTYPE,
+    FLOW_STATE_DTYPE,
+    Datapath,
+    MessageRule,
+    Settings,
+)
 from hostagent.datapath.fake import FakeDatapath
 from hostagent.datapath.layout import counter_names
 
@@ -22,6 +33,7 @@ THRESHOLDS = (1000, 5000, 20000)
 DSCP = (32, 24, 16, 8)
 PRIORITY = (0x10001, 0x10002, 0x10003, 0x10004)
 SETTINGS = Settings(Thresholds(THRESHOLDS), DSCP, PRIORITY)
+LIFE = FLAG_SAW_START | FLAG_ENDED
 FLOW = flow_key()
 
 needs_root = [pytest.mark.kernel, pytest.mark.skipif(os.geteuid() != 0, reason="needs root (CAP_BPF)")]
@@ -173,7 +185,7 @@ def test_a_syn_on_used_ports_starts_afresh_and_is_counted(sender, ended):
         sender.send(FLOW, fin=True)
     assert_level(sender.send(FLOW, syn=True), 0)
     fresh = state_of(sender.datapath, FLOW)
-    assert (fresh["attained_bytes"], fresh["flags"], fresh["packets"]) == (0, FLAG_SAW_START, 1)
+    assert (fresh["attained_bytes"], fresh["flags"] & LIFE, fresh["packets"]) == (0, FLAG_SAW_START, 1)
     assert fresh["first_seen_ns"] > first["first_seen_ns"]
     assert_level(sender.send(FLOW, 1000), 0)
     counters = sender.datapath.counters()
@@ -186,7 +198,7 @@ def test_ports_of_a_connection_without_data_are_reused_as_well(sender, flag):
     sender.send(FLOW, syn=True)
     sender.send(FLOW, **{flag: True})
     sender.send(FLOW, syn=True)
-    assert state_of(sender.datapath, FLOW)["flags"] == FLAG_SAW_START
+    assert state_of(sender.datapath, FLOW)["flags"] & LIFE == FLAG_SAW_START
     assert sender.datapath.counters()["flows_restarted"] == 1
 
 
@@ -265,6 +277,95 @@ def test_forget_says_how_many_were_there(sender):
     assert (counters["flows_inserted"], counters["flows_forgotten"], counters["flows_evicted"]) == (25, 25, 0)
 
 
+SHORT_GAP = MessageRule(blind_gap_ns=40_000_000, starved_ns=0)
+BY_MESSAGE = replace(SETTINGS, messages=SHORT_GAP)
+
+
+@pytest.mark.parametrize("protocol", [6, 17])
+@owns_its_table
+def test_a_silent_flow_begins_a_new_message_at_the_top(sender, protocol):
+    key = flow_key(protocol=protocol)
+    sender.datapath.apply(BY_MESSAGE)
+    sender.send(key, syn=protocol == 6)
+    for level in (0, 1):
+        assert_level(sender.send(key, 2000), level)
+    time.sleep(0.1)
+    assert_level(sender.send(key), 0)  # an acknowledgement of what the other side sends breaks no silence
+    assert_level(sender.send(key, 2000), 0)
+    assert_level(sender.send(key, 2000), 1)
+    state = state_of(sender.datapath, key)
+    assert (state["attained_bytes"], state["earlier_bytes"], state["last_message_bytes"]) == (4000, 4000, 4000)
+    assert state["message_began_ns"] - state["first_seen_ns"] > 90e6
+    finished = sender.datapath.finished_messages()
+    assert LogHistogram(finished.sizes).sparse() == LogHistogram.of([4000]).sparse()
+    assert finished.durations.sum() == sender.datapath.counters()["messages_finished"] == 1
+
+
+@owns_its_table
+def test_a_flow_seen_in_mid_life_is_known_from_its_next_message_on(sender):
+    sender.datapath.apply(BY_MESSAGE)
+    assert_level(sender.send(FLOW, 100), 3)
+    time.sleep(0.1)
+    assert_level(sender.send(FLOW, 100), 0)
+    assert sender.datapath.finished_messages().sizes.sum() == 0  # what was before it has no size
+
+
+@owns_its_table
+def test_an_ended_flow_begins_no_message(sender):
+    sender.datapath.apply(BY_MESSAGE)
+    sender.send(FLOW, syn=True)
+    sender.send(FLOW, 3000, segments=4)
+    sender.send(FLOW, 3000, segments=4, fin=True)
+    time.sleep(0.1)
+    sender.send(FLOW, 1400)
+    assert state_of(sender.datapath, FLOW)["attained_bytes"] == 7400
+
+
+@owns_its_table
+def test_what_a_short_message_sends_again_is_at_the_top(sender):
+    sender.send(FLOW, syn=True)
+    for _ in range(4):
+        sender.send(FLOW, 1400)
+    assert_level(sender.send(FLOW, 1400, repeated=True), 0)
+    assert_level(sender.send(FLOW, 1400), 2)
+    for _ in range(12):
+        sender.send(FLOW, 1400)
+    assert_level(sender.send(FLOW, 1400, repeated=True), 3)
+
+
+@owns_its_table
+def test_a_starved_flow_gets_a_bounded_turn(sender):
+    rule = MessageRule(blind_gap_ns=10**12, starved_ns=40_000_000, turn_bytes=3000)
+    sender.datapath.apply(replace(SETTINGS, messages=rule))
+    sender.send(FLOW, syn=True)
+    for _ in range(20):
+        sender.send(FLOW, 1400)
+    for _ in range(2):
+        assert_level(sender.send(FLOW, 1400), 3)
+        time.sleep(0.1)
+        for level in (0, 0, 0, 3, 3):  # 3,000 bytes, to within a packet
+            assert_level(sender.send(FLOW, 1400), level)
+    assert sender.datapath.counters()["turns"] == 2
+    assert state_of(sender.datapath, FLOW)["attained_bytes"] == 32 * 1400
+    sender.datapath.apply(replace(SETTINGS, messages=MessageRule(blind_gap_ns=10**12, starved_ns=0)))
+    time.sleep(0.1)
+    assert_level(sender.send(FLOW, 1400), 3)
+
+
+@owns_its_table
+def test_starved_flows_do_not_come_back_at_once(sender):
+    """Each waits one to two times as long, drawn from when it was first seen: after 1.5 times about half are back."""
+    rule = MessageRule(blind_gap_ns=10**12, starved_ns=1_000_000_000, turn_bytes=3000)
+    sender.datapath.apply(replace(SETTINGS, messages=rule))
+    keys = [flow_key(source_port=port) for port in range(1000, 1200)]
+    for key in keys:
+        sender.send(key, 100)
+    time.sleep(1.5)
+    for key in keys:
+        sender.send(key, 100)
+    assert 20 < sender.datapath.counters()["turns"] < 195
+
+
 def test_counters_have_fixed_names(sender):
     assert tuple(sender.datapath.counters())[: len(counter_names(4))] == counter_names(4)
 
@@ -279,7 +380,18 @@ SCRIPT = st.lists(
     st.tuples(
         st.integers(0, 3),  # flow
         st.sampled_from([0, 1, 999, 1000, 1400, 2800]),  # payload
-        st.sampled_from([{}, {"syn": True}, {"fin": True}, {"rst": True}, {"segments": 2}, {"dscp": 46}, {"dscp": 8}]),
+        st.sampled_from(
+            [
+                {},
+                {"syn": True},
+                {"fin": True},
+                {"rst": True},
+                {"segments": 2},
+                {"dscp": 46},
+                {"dscp": 8},
+                {"repeated": True},
+            ]
+        ),
     ),
     max_size=60,
 )
@@ -296,7 +408,8 @@ def test_fake_and_kernel_agree_on_any_sequence(kernel_sender):
     def check(script):
         fake = FakeSender()
         kernel.reset()
-        kernel.datapath.apply(SETTINGS)
+        for one in (kernel, fake):
+            one.datapath.apply(replace(SETTINGS, messages=MessageRule(blind_gap_ns=10**12, starved_ns=0)))
         for flow, payload, flags in script:
             real, expected = (one.send(keys[flow], payload, **flags) for one in (kernel, fake))
             assert (real.dscp, real.priority) == (expected.dscp, expected.priority)

@@ -83,7 +83,7 @@ def test_fingerprint_follows_size_and_sources(tmp_path, monkeypatch):
     shutil.copytree(source.EBPF_DIR, changed)
     with (changed / "mark.h").open("a") as file:
         file.write("\n/* another version */\n")
-    monkeypatch.setattr(source.program_source, "__defaults__", (changed,))
+    monkeypatch.setattr(source.program_source, "__defaults__", (changed, {}))
     assert source.fingerprint(4096) != same
 
 

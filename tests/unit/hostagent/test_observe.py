@@ -3,23 +3,24 @@
 import numpy as np
 import pytest
 
+from fabricpilot.histogram import LogHistogram
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS
 from hostagent.datapath.base import FLAG_ENDED as ENDED
+from hostagent.datapath.base import FLAG_SAW_MESSAGE, FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable
 from hostagent.datapath.base import FLAG_SAW_START as STARTED
-from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FlowTable
 from hostagent.observe import address, observe, summary
 
 SECOND = 10**9
 NOW = 1000 * SECOND
 
 
-def table(*flows):
+def table(*flows, protocol=6):
     """A flow table from (attained_bytes, silent_s, flags) triples; ports count up from 1."""
     keys = np.zeros(len(flows), FLOW_KEY_DTYPE)
     states = np.zeros(len(flows), FLOW_STATE_DTYPE)
     keys["source"] = np.frombuffer(bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 1]), "u1")
     keys["source_port"] = np.arange(1, len(flows) + 1)
-    keys["protocol"] = 6
+    keys["protocol"] = protocol
     for row, (attained, silent_s, flags) in enumerate(flows):
         last = NOW - int(silent_s * SECOND)
         fields = ("attained_bytes", "packets", "first_seen_ns", "last_seen_ns", "flags")
@@ -29,7 +30,7 @@ def table(*flows):
 
 
 def test_ended_and_idle_flows_have_finished():
-    seen = observe(table((500, 1, STARTED | ENDED), (900, 31, STARTED), (700, 29, STARTED)), 10_000, 30)
+    seen = observe(table((500, 1, STARTED | ENDED), (900, 31, STARTED), (700, 29, STARTED), protocol=17), 10_000, 30)
     assert list(seen.finished) == [0, 1]
     assert seen.active == 1
 
@@ -51,7 +52,7 @@ def test_an_end_stamped_after_the_read_began_belongs_to_the_next():
 
 
 def test_an_idle_flow_is_told_and_forgotten_at_once():
-    seen = observe(table((900, 31, STARTED)), 10_000, 30, NOW - SECOND)
+    seen = observe(table((900, 31, STARTED), protocol=17), 10_000, 30, NOW - SECOND)
     assert (seen.finished_count(), len(seen.leaving_keys)) == (1, 1)
 
 
@@ -61,6 +62,45 @@ def test_a_flow_of_unknown_size_is_forgotten_but_not_told(unmeasured):
     assert len(seen.finished) == 2
     assert seen.finished_count() == seen.sizes().total == seen.durations().total == 1
     assert [flow.size_bytes for flow in seen.finished_sample(np.random.default_rng(1))] == [10]
+
+
+def test_an_idle_connection_stays_in_the_table_for_its_next_message_but_is_not_active():
+    seen = observe(table((50_000, 31, 0), (60_000, 299, 0), (70_000, 301, 0), (80_000, 29, 0)), 10_000, 30)
+    assert list(seen.finished) == list(seen.leaving) == [2]
+    assert (seen.active, list(seen.long)) == (1, [3])
+
+
+def test_a_message_whose_start_was_seen_has_a_size_even_if_the_flow_was_not_seen_from_its_start():
+    seen = observe(table((500, 1, STARTED | ENDED), (900, 1, ENDED), (300, 1, FLAG_SAW_MESSAGE | ENDED)), 10_000, 30)
+    assert seen.sizes().sparse() == LogHistogram.of([500, 300]).sparse()
+
+
+def test_messages_of_persistent_connections_are_told_once():
+    read = table((700, 1, 0), (800, 1, 0))
+    read.states["last_message_bytes"] = 4000
+    read.states["last_message_ns"] = 2_000_000
+    read.states["message_began_ns"] = [NOW - 3 * SECOND, NOW - SECOND]  # the first was told in the report before
+    kernel = FinishedMessages(LogHistogram.of([4000, 90]).counts, LogHistogram.of([2000, 10]).counts)
+    seen = observe(read, 10_000, 30, NOW - 2 * SECOND, kernel)
+    assert seen.finished_count() == 2
+    assert seen.sizes().sparse() == LogHistogram.of([4000, 90]).sparse()
+    assert seen.durations().sparse() == LogHistogram.of([2000, 10]).sparse()
+    sample = seen.finished_sample(np.random.default_rng(1))
+    assert [(flow.source_port, flow.size_bytes, flow.duration_us) for flow in sample] == [(2, 4000, 2000)]
+
+
+def test_messages_since_the_read_before_also_after_counting_began_anew():
+    before = FinishedMessages(LogHistogram.of([10, 10]).counts, LogHistogram.of([5, 5]).counts)
+    after = FinishedMessages(LogHistogram.of([10, 10, 70]).counts, LogHistogram.of([5, 5, 9]).counts)
+    assert LogHistogram(after.since(before).sizes).sparse() == LogHistogram.of([70]).sparse()
+    assert before.since(after) is before
+
+
+def test_a_late_fin_does_not_make_a_message_long():
+    read = table((500, 1, STARTED | ENDED))
+    read.states["message_began_ns"] = read.states["first_seen_ns"]
+    read.states["last_data_ns"] = read.states["message_began_ns"] + 7000
+    assert observe(read, 10_000, 30).durations().sparse() == LogHistogram.of([7]).sparse()
 
 
 def test_long_flows_come_largest_first_and_an_ended_one_is_not_long():

@@ -183,3 +183,56 @@ def test_whatever_a_correct_host_sends_is_right(payloads: list[int], cuts: list[
     verdict = judged(packets, {FLOW.source: [InForce(0, 0, thresholds)]})
     assert verdict.checked == verdict.correct == len(packets)
     assert all(later.time_ns > earlier.time_ns for earlier, later in pairwise(packets))
+
+
+def with_sequences(packets: list[SeenPacket]) -> list[SeenPacket]:
+    """The same, with the sequence numbers of packets that were all sent once, and the FIN on the last."""
+    told, next_sequence = [], 2**32 - 5_000  # passes the end of the number space
+    for packet in packets:
+        told.append(packet._replace(sequence=next_sequence % 2**32))
+        next_sequence += packet.payload_bytes + packet.syn
+    told[-1] = told[-1]._replace(fin=True)
+    return told
+
+
+def again(packets: list[SeenPacket], number: int, dscp: int) -> list[SeenPacket]:
+    """Packet `number` is sent once more, behind all others."""
+    last_id = packets[-1].ip_id or 0
+    return [*packets, packets[number]._replace(ip_id=last_id + 1, dscp=dscp, time_ns=packets[-1].time_ns + 10)]
+
+
+def test_retransmissions_of_a_short_flow_are_at_the_top() -> None:
+    packets = with_sequences(sent([MSS] * 10))
+    assert judged(again(packets, 3, 32)).wrong == []
+    assert len(judged(again(packets, 3, 16)).wrong) == 1
+
+
+def test_retransmissions_of_a_long_flow_stay_on_the_last_level() -> None:
+    packets = with_sequences(sent([MSS] * 60))
+    assert judged(again(packets, 3, 8)).wrong == []
+    assert len(judged(again(packets, 3, 32)).wrong) == 1
+
+
+def test_by_bytes_written_a_level_lies_between_what_was_sent_and_what_there_is() -> None:
+    packets = with_sequences(sent([MSS] * 10))  # 14,480 bytes: the third level when all is written
+    for dscp in (32, 24, 16):
+        verdict = check(
+            [packets[0], *[remark(p, 16) for p in packets[1:3]], remark(packets[3], dscp), *packets[4:]],
+            ALWAYS,
+            DSCP,
+            written=True,
+        )
+        assert verdict.wrong == []
+    too_low = [packets[0], remark(packets[1], 8), *packets[2:]]
+    assert len(check(too_low, ALWAYS, DSCP, written=True).wrong) == 1
+    too_high = [*packets[:9], remark(packets[9], 32), *packets[10:]]
+    assert len(check(too_high, ALWAYS, DSCP, written=True).wrong) == 1
+
+
+def test_a_starved_flow_may_have_a_bounded_turn() -> None:
+    packets = sent([MSS] * 120)
+    late = [p._replace(time_ns=p.time_ns + 600_000_000) for p in packets[60:]]
+    turn = [remark(p, 32) for p in late[:46]]  # 46 packets begin within 65,536 bytes
+    assert judged([*packets[:60], *turn, *late[46:]]).wrong == []
+    assert len(judged([*packets[:60], *turn, *[remark(p, 32) for p in late[46:50]], *late[50:]]).wrong) == 4
+    assert judged([*packets[:60], *[remark(p, 32) for p in packets[60:]]]).wrong != []
