@@ -52,16 +52,16 @@ static __always_inline int is_usable(const struct steering *steering, __u32 numb
 static __always_inline __u32 choose_route(struct flow_state *flow, __u32 wanted, __u32 segments,
 					  const struct steering *steering, struct counters *counters)
 {
-	__u64 now_ns = bpf_ktime_get_coarse_ns();
-	__u32 now_ms = now_ns / NS_PER_MS, silent_ms = now_ms - flow->routed_ms;
+	__u64 time_ns = now_ns(flow);
+	__u32 now_ms = time_ns / NS_PER_MS, silent_ms = now_ms - flow->routed_ms;
 	__u32 route = flow->route;
 
-	if (wanted && !is_usable(steering, wanted, now_ns)) {
+	if (wanted && !is_usable(steering, wanted, time_ns)) {
 		counters->route_unusable += segments;
 		wanted = 0;
 	}
 	if (route != wanted) {
-		if (!steering->route_gap_ms || flow->packets <= segments || (route && !is_usable(steering, route, now_ns)) ||
+		if (!steering->route_gap_ms || flow->packets <= segments || (route && !is_usable(steering, route, time_ns)) ||
 		    (flow->routed_ms && silent_ms >= steering->route_gap_ms))
 			route = wanted;
 		if (flow->route != route)

@@ -48,6 +48,12 @@ static __always_inline __u64 look_up_verdict(const struct packet *packet, __u16 
 	return verdict.word;
 }
 
+/* The time at which this packet was accounted: its flow has it already, unless it has ended. */
+static __always_inline __u64 now_ns(const struct flow_state *flow)
+{
+	return flow->flags & FLOW_ENDED ? bpf_ktime_get_coarse_ns() : flow->last_seen_ns;
+}
+
 /* `level` is what the thresholds say; `flow` may be nothing (a packet that has no entry and makes none). */
 static __always_inline struct steered steer(struct __sk_buff *skb, const struct packet *packet,
 					    struct flow_state *flow, __u8 level, const struct settings *settings,
@@ -56,12 +62,15 @@ static __always_inline struct steered steer(struct __sk_buff *skb, const struct 
 	struct steered steered = {.level = level};
 	__u32 rules_generation = *(volatile __u32 *)&steering->rules_generation;
 	__u16 verdict_generation = *(volatile __u32 *)&steering->verdict_generation;
-	union kept_outcome rules = {};
-	union verdict verdict = {};
+	union kept_outcome rules = {}, no_rule = {.generation = rules_generation};
+	union verdict verdict = {}, no_verdict = {.generation = verdict_generation};
 
 	if (flow) {
 		rules.word = *(volatile __u64 *)&flow->rules;
 		verdict.word = *(volatile __u64 *)&flow->verdict;
+		/* Nearly every packet: it has been asked, and there is nothing. */
+		if (rules.word == no_rule.word && verdict.word == no_verdict.word)
+			return steered;
 	}
 	if (rules.generation != rules_generation) {
 		rules.word = 0;
@@ -79,7 +88,7 @@ static __always_inline struct steered steer(struct __sk_buff *skb, const struct 
 
 	steered.treatment = rules.treatment;
 	steered.route = rules.route;
-	if (verdict.until_s && bpf_ktime_get_coarse_ns() < verdict.until_s * NS_PER_S) {
+	if (verdict.until_s && now_ns(flow) < verdict.until_s * NS_PER_S) {
 		/* Packets without payload stay on top: they are small, and the other side waits for them. */
 		if (verdict.level && packet->payload_bytes)
 			steered.level = verdict.level - 1;

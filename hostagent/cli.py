@@ -194,7 +194,9 @@ def dump(config_path: Path | None, settings: tuple[str, ...], top: int, as_json:
 
 @agent.command()
 @agent_options
-@click.option("--flow", metavar="FLOW", help='Which rule decides about it, for example "tcp 10.0.0.1:40000 10.0.0.2:80".')
+@click.option(
+    "--flow", metavar="FLOW", help='Which rule decides about it, for example "tcp 10.0.0.1:40000 10.0.0.2:80".'
+)
 @click.option("--dscp", default=0, type=click.IntRange(0, 63), help="With --flow: what its first packet carries.")
 @click.option("--cgroup", default="", metavar="PATH", help="With --flow: of its socket.")
 @json_option
