@@ -14,19 +14,21 @@ import numpy as np
 from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Limits, Problem, Solution, Step
 from central.planner.solvers import columns
-from central.planner.solvers.greedy import Walk, descend
+from central.planner.solvers.greedy import Walk
 from central.planner.solvers.grouped import Flow, Grouped, Result, flow_between
 from central.planner.solvers.realise import realise
+from central.planner.solvers.swap import look_ahead
 
 THREADS = 1  # of HiGHS; its branch and bound hardly gains from more, and the daemon beside it needs the other core
-GREEDY_SHARE = 0.1  # of the time, for a first plan to beat
+WORTH_TRYING_S = 1.5  # the grouped program needs about that to find anything, and overruns shorter limits
+FIRST_SHARE = 0.15  # of the time at most, for a first plan to beat
 
 
 def exact(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     """Optimum, or the best found in time, with the bound that was proven."""
     cluster = cluster_of(problem)
     first = Walk(problem, cluster)
-    descend(first, deadline.part(GREEDY_SHARE))
+    look_ahead(first, deadline.part(FIRST_SHARE))
     return improve(problem, cluster, first.steps, deadline, seed)[0]
 
 
@@ -111,6 +113,8 @@ def solve_counts(walk: Walk, deadline: Deadline, hint: Flow | None, seed: int) -
         if first.proven:
             return first
         hint = first.flow or hint
+        if deadline.left_s < WORTH_TRYING_S and first.flow is not None:
+            return first
     program = Grouped(state, valuation, limits, cost_per_gb=cost)
     second = program.solve(deadline.left_s * 0.85, hint=hint, threads=THREADS, seed=seed)
     if first is None:

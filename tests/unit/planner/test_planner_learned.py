@@ -132,7 +132,7 @@ def identity(random):
 def test_ppo_learns_and_is_deterministic(tmp_path):
     def run():
         told = []
-        settings = ppo.Settings(iterations=20, walks=8, learning_rate=3e-3, seed=1, passes=2)
+        settings = ppo.Settings(iterations=30, walks=8, learning_rate=3e-3, seed=1, passes=2)
         policy = ppo.train(settings, tmp_path / "w.npz", report=told.append, problems=identity)
         return policy, [float(line.split("move ")[1].split()[0]) for line in told]
 

@@ -146,7 +146,7 @@ def test_affinity_is_kept_where_it_binds(build, pose):
     apart = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})], [[0, 1]])
     free = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})])
     for name in SOLVERS:
-        assert make_plan(pose(free, 1), name, 0.5).final.slots == 1
+        assert make_plan(pose(free, 1), name, 2.0).final.slots == 1
         assert make_plan(pose(apart, 1), name, 0.5).final.slots == 0
 
 
