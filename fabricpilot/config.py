@@ -56,9 +56,8 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     dscp: list[int] = []  # one code point per level; empty: what dscp_preset says
     dscp_preset: DscpPreset = "class-selectors"  # CS<K> downwards; "802.1p": as switches map PCP to K queues
     observe: bool = False  # true: compute and report everything, change no packet and no queue
-    mode: Literal["auto", "backlog", "attained"] = (
-        "auto"  # level by bytes written to a local TCP socket, or by bytes sent
-    )
+    # attained: level by bytes sent; backlog: by bytes written to a local TCP socket; auto: backlog where it can be had
+    mode: Literal["auto", "backlog", "attained"] = "attained"
     respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
     flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table

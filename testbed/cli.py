@@ -76,7 +76,7 @@ def demo(out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True, help="Results.")
 @json_option
 def run(schemes: tuple[str, ...], out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Run one trace under the schemes named: fifo, fabricpilot, fabricpilot-attained."""
+    """Run one trace under the schemes named: fifo, fabricpilot, fabricpilot-backlog."""
     from testbed.schemes import ALL_SCHEMES
 
     for scheme in schemes:

@@ -56,7 +56,7 @@ class Daemons:
     programs: Programs
     rate_bps: int
     decision_s: float
-    mode: str = "backlog"
+    mode: str = "attained"
     central: Program | None = None
     agents: dict[str, Program] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ from testbed.netns.star import BOTTLENECK_PORT, MTU_BYTES, RTO_MIN_MS, StarPlan
 from testbed.netns.switch_port import PortCounters, port_counters, shape
 from testbed.netns.tcp import TcpCounters, base_rtt_us, tcp_counters
 from testbed.plan import RunPlan
-from testbed.schemes import ATTAINED, DSCP, FIFO, in_force
+from testbed.schemes import BACKLOG, DSCP, FIFO, in_force
 
 
 class Steps(Protocol):
@@ -163,7 +163,7 @@ def _run_scheme(
     results.save(out_dir / "flows.csv")
     if window is not None and daemons is not None:
         steps.begin("check the DSCP of captured packets", 1)
-        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap", scheme != ATTAINED)
+        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap", scheme == BACKLOG)
         steps.advance(1)
     return outcome
 

@@ -4,8 +4,8 @@ Both have the same rate and the same buffer at the switch's port; only the order
 
 - `fifo`: one queue, no agents. What a plain switch does.
 - `fabricpilot`: strict priority by DSCP at the port, an agent on every sender, central deciding the thresholds; the
-  level of a flow is that of the bytes written to its socket so far.
-- `fabricpilot-attained`: the same, but the level is that of the bytes sent so far, as in AuTO and PIAS.
+  level of a flow is that of the bytes sent so far, as in AuTO and PIAS.
+- `fabricpilot-backlog`: the same, but the level is that of the bytes written to the flow's socket so far.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from testbed.netns.switch_port import shape
 
 FIFO = "fifo"
 FABRICPILOT = "fabricpilot"
-ATTAINED = "fabricpilot-attained"
+BACKLOG = "fabricpilot-backlog"
 SCHEMES = (FIFO, FABRICPILOT)  # of the demo
-ALL_SCHEMES = (*SCHEMES, ATTAINED)
+ALL_SCHEMES = (*SCHEMES, BACKLOG)
 
 DSCP = default_dscp(DEFAULT_LEVELS)  # what agents mark by default, and so what the switch serves by
 
@@ -48,7 +48,7 @@ def in_force(
     if scheme == FIFO:
         yield None
         return
-    daemons = Daemons(star, programs, rate_bps, decision_s, "attained" if scheme == ATTAINED else "backlog")
+    daemons = Daemons(star, programs, rate_bps, decision_s, "backlog" if scheme == BACKLOG else "attained")
     try:
         daemons.start()
         yield daemons
