@@ -3,9 +3,10 @@
  * Routes: sends a flow's packets another way than the kernel would, where a rule or a verdict wants that.
  *
  * A route is a next hop behind an interface (the packet is handed to that interface's neighbour, for either IP version),
- * or an IPv6 flow label for fabrics that spread over equal paths by it. A flow changes its route in a silence of
- * `route_gap_ms` only, so that packets do not overtake each other, and at its first packet. A route that user space has
- * withdrawn, or that nobody has watched for long, is left at once: the packet goes where the kernel sent it.
+ * or an IPv6 flow label for fabrics that spread over equal paths by it. A flow changes its route where a message begins
+ * (message.h: a local socket has nothing in flight then) or in a silence of `route_gap_ms`, so that its packets do not
+ * overtake each other. A route that user space has withdrawn, or that nobody has watched for long, is left at once: the
+ * packet goes where the kernel sent it.
  *
  * A redirected packet passes the egress program of the other interface, too. It is accounted and marked by then; a
  * sign in tc_index says so. The sign is set only where that program is ours, which takes it off again.
@@ -49,8 +50,9 @@ static __always_inline int is_usable(const struct steering *steering, __u32 numb
 }
 
 /* The route the packet takes: the one wanted, or the one it has until there is a gap. */
-static __always_inline __u32 choose_route(struct flow_state *flow, __u32 wanted, __u32 segments,
-					  const struct steering *steering, struct counters *counters)
+static __always_inline __u32 choose_route(const struct packet *packet, struct flow_state *flow, __u32 wanted,
+					  __u32 segments, const struct steering *steering,
+					  struct counters *counters)
 {
 	__u64 time_ns = now_ns(flow);
 	__u32 now_ms = time_ns / NS_PER_MS, silent_ms = now_ms - flow->routed_ms;
@@ -61,7 +63,10 @@ static __always_inline __u32 choose_route(struct flow_state *flow, __u32 wanted,
 		wanted = 0;
 	}
 	if (route != wanted) {
-		if (!steering->route_gap_ms || flow->packets <= segments || (route && !is_usable(steering, route, time_ns)) ||
+		int begins = flow->packets <= segments ||
+			     (packet->payload_bytes && flow->attained_bytes <= packet->payload_bytes);
+
+		if (begins || !steering->route_gap_ms || (route && !is_usable(steering, route, time_ns)) ||
 		    (flow->routed_ms && silent_ms >= steering->route_gap_ms))
 			route = wanted;
 		if (flow->route != route)
@@ -122,7 +127,7 @@ static __always_inline int take_route(struct __sk_buff *skb, const struct packet
 
 	if (!wanted && !flow->route)
 		return TC_ACT_UNSPEC;
-	number = choose_route(flow, wanted, segments, steering, counters) & (MAX_ROUTES - 1);
+	number = choose_route(packet, flow, wanted, segments, steering, counters) & (MAX_ROUTES - 1);
 	route = number ? routes.lookup(&number) : 0;
 	if (!route)
 		return TC_ACT_UNSPEC;

@@ -107,7 +107,9 @@ class RouteWatch:
         """Act on what netlink has told; returns whether routing tables changed, so that marks lead elsewhere."""
         link = neighbour = tables = False
         for kind, body in self._messages():
-            link |= kind in (_NEW_LINK, _DEL_LINK)
+            if kind in (_NEW_LINK, _DEL_LINK):
+                link = True
+                self._withdraw_over(kind, body)
             neighbour |= kind == _NEW_NEIGHBOUR and self._concerns_a_next_hop(body)
             tables |= kind in (_NEW_ROUTE, _DEL_ROUTE)
         if link or neighbour:
@@ -215,6 +217,18 @@ class RouteWatch:
                 if address in hops:
                     states[neighbour["ifindex"], address] = neighbour["state"]
         return states
+
+    def _withdraw_over(self, kind: int, body: bytes) -> None:
+        """Withdraw what leads over a link that has just gone, before taking the time to read everything afresh."""
+        if len(body) < 12:
+            return
+        index, flags = struct.unpack_from("=4xiI", body)  # struct ifinfomsg
+        if kind == _NEW_LINK and flags & _UP_AND_RUNNING == _UP_AND_RUNNING:
+            return
+        left = {number: record for number, record in self._told.items() if int(record["interface"]) != index}
+        if len(left) < len(self._told):
+            self._steering.use_routes(list(left), self._lease_s)
+            self._told = left
 
     def _concerns_a_next_hop(self, body: bytes) -> bool:
         if len(body) < 12:
