@@ -78,12 +78,15 @@ class Daemons:
         """
         hosts = self.star.sender_hosts
         named = [argument for host in hosts for argument in ("--host", host.name)]
-        self._call(self.star.controller, ["central", "keys", "--out", str(self.dir / "keys"), *named])
+        self._call(self.star.controller, ["central", "keys", "--force", "--out", str(self.dir / "keys"), *named])
         bpffs = self.dir / "bpf"
-        bpffs.mkdir()
-        mounted = subprocess.run(["mount", "-t", "bpf", "bpf", str(bpffs)], capture_output=True, text=True, check=False)
-        if mounted.returncode:
-            raise KernelError(f"cannot mount a bpffs on {bpffs}: {mounted.stderr.strip()} (needs CONFIG_BPF_SYSCALL)")
+        bpffs.mkdir(exist_ok=True)
+        if not bpffs.is_mount():  # an earlier scheme of this run has left it
+            mount = ["mount", "-t", "bpf", "bpf", str(bpffs)]
+            mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+            if mounted.returncode:
+                reason = mounted.stderr.strip()
+                raise KernelError(f"cannot mount a bpffs on {bpffs}: {reason} (needs CONFIG_BPF_SYSCALL)")
         self.programs.log_dir.mkdir(parents=True, exist_ok=True)
         self.threshold_log.unlink(missing_ok=True)
         self.start_central()
