@@ -1,33 +1,33 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * Backlog: what the send buffer of a local TCP socket adds to attained service.
+ * Backlog: ranks a packet by how much of its message is known to exist, not by how much was sent.
+ *
+ *   bytes sent before it                             what everybody can know (AuTO, PIAS)
+ *   bytes the application has written                no fewer: the rest waits in the send buffer
+ *   bytes the application has announced              no fewer, if it does (hint.h)
+ *
+ * The largest counts, so a message is placed where it belongs as soon as it is written, and then only sinks: what is
+ * known to exist never becomes less. Ranking by what remains would let a message rise again as it is sent; its packets
+ * would overtake each other in the fabric. docs/backlog.md has what both cost.
  */
 #pragma once
 
-#ifndef BACKLOG_RULE
-#define BACKLOG_RULE 1
-#endif
-
-/* The number that is compared with the thresholds for this packet. */
-static __always_inline __u64 rank_of(struct flow_state *flow, __u64 attained_bytes, const struct packet *packet,
-				     const struct sender *sender, const struct settings *settings)
+/* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent. */
+static __always_inline __u64 rank_of(__u64 attained_bytes, const struct packet *packet, const struct sender *sender,
+				     const struct hint *hint, const struct settings *settings)
 {
-#if SEES_BACKLOG && BACKLOG_RULE > 0
+	__u64 known_bytes = attained_bytes;
+
+#if SEES_BACKLOG
 	if (sender->known && settings->use_backlog) {
-#if BACKLOG_RULE == 1
 		__u32 ahead = sender->written - packet->sequence; /* this packet's payload, and what is unsent behind it */
 
-		return (__s32)ahead > 0 ? attained_bytes + ahead - 1 : attained_bytes;
-#else
-		__u32 visible = sender->written - sender->una;
-
-		if ((__s32)visible <= 0)
-			return attained_bytes;
-		if (sender->blocked)
-			return visible > attained_bytes ? visible - 1 : attained_bytes;
-		return visible - 1;
-#endif
+		/* A message's last byte decides, as it does when all of it was sent. */
+		if ((__s32)ahead > 0)
+			known_bytes += ahead - 1;
 	}
 #endif
-	return attained_bytes;
+	if (hint && hint_position(hint, packet) < hint->bytes && known_bytes < hint->bytes)
+		known_bytes = hint->bytes - 1;
+	return known_bytes;
 }

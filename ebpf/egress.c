@@ -15,6 +15,7 @@
  * UAPI headers and __sk_buff only: it runs on any kernel from 5.15 on without kernel headers or BTF.
  * FLOW_ENTRIES, the size of the flow table, is defined by the loader (hostagent/datapath/source.py).
  */
+#include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/in6.h>
@@ -29,6 +30,8 @@
 #include "fragment.h"
 #include "level.h"
 #include "socket.h"
+#include "hint.h"
+#include "send_buffer.h"
 #include "flow.h"
 #include "rules.h"
 #include "verdict.h"

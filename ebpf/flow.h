@@ -92,13 +92,13 @@ static __always_inline struct flow_state *insert_flow(const struct packet *packe
 
 /* Replaces the whole entry at once, so that user space never reads half of the old flow and half of the new. */
 static __always_inline struct flow_state *restart_flow(const struct packet *packet, struct flow_state *old,
-						       struct counters *counters)
+						       struct finished_message *done, struct counters *counters)
 {
 	struct flow_state fresh = {};
 
 	counters->flows_restarted++;
 	counters->restarted_bytes += old->earlier_bytes + old->attained_bytes;
-	record_message(old, message_duration_ns(old), counters);
+	finish_message(old, done);
 	start_flow(&fresh, packet, FLOW_SAW_START | FLOW_SAW_MESSAGE);
 	flows.update((struct flow_key *)&packet->key, &fresh);
 	return flows.lookup((struct flow_key *)&packet->key);
@@ -126,8 +126,10 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 {
 	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
 	struct sender sender = {};
+	struct finished_message done = {};
+	struct hint *hint = 0;
 	__u64 now_ns, silent_ns, attained_bytes;
-	int repeated = 0;
+	int repeated = 0, begins = 0;
 	__u8 level;
 
 	ask_socket(skb, packet, &sender);
@@ -141,7 +143,7 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 		}
 	} else if (packet->tcp_flags & TCP_SYN &&
 		   (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED)) {
-		flow = restart_flow(packet, flow, counters);
+		flow = restart_flow(packet, flow, &done, counters);
 		if (!flow) {
 			counters->insert_failed++;
 			return 0;
@@ -154,7 +156,7 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 	if (packet->tcp_flags & TCP_SYN)
 		flow->next_sequence = behind(packet);
 	if (!packet->payload_bytes)
-		return 0;
+		goto at_the_top;
 
 	if (packet->key.protocol == IPPROTO_TCP && packet->fragment != LATER_FRAGMENT) {
 		repeated = (__s32)(behind(packet) - flow->next_sequence) <= 0;
@@ -162,11 +164,20 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 			flow->next_sequence = behind(packet);
 	}
 	silent_ns = now_ns - flow->last_data_ns;
-	if ((__s64)silent_ns > 0) {
-		if (silent_ns >= settings->quiet_ns)
-			after_silence(flow, packet, repeated, &sender, now_ns, silent_ns, settings, counters);
-		flow->last_data_ns = now_ns;
+	if ((__s64)silent_ns < 0)
+		silent_ns = 0;
+	if (silent_ns >= settings->quiet_ns)
+		begins = message_begins(flow, packet, repeated, &sender, silent_ns, settings, counters);
+	if (settings->use_hints && sender.known) {
+		hint = find_hint(skb, packet);
+		if (hint && flow->hint_sequence != hint->sequence) {
+			flow->hint_sequence = hint->sequence;
+			begins = 1;
+		}
 	}
+	if (begins)
+		begin_message(flow, now_ns, &done);
+	flow->last_data_ns += silent_ns;
 #if SEES_BACKLOG
 	if (sender.known && !repeated && !(flow->flags & FLOW_UNSENT) != (sender.written == behind(packet)))
 		flow->flags ^= FLOW_UNSENT;
@@ -175,23 +186,21 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 	__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
 	level = last_level(settings);
 	if (flow->flags & FLOW_SAW_MESSAGE)
-		level = level_of(settings, rank_of(flow, attained_bytes, packet, &sender, settings));
-#if BACKLOG_RULE == 3
-	if (level < flow->level && flow->level < 8) {
-		if (sender.blocked || sender.written != flow->hint_sequence || level >= 7 ||
-		    (__u64)(__u32)(sender.written - sender.una) * 2 > settings->thresholds[level & 7])
-			level = flow->level;
-	}
-	flow->hint_sequence = sender.written;
-#endif
+		level = level_of(settings, rank_of(attained_bytes, packet, &sender, hint, settings));
 	if (flow->level != level)
 		flow->level = level;
 	if (repeated && level < last_level(settings))
-		return 0;
+		goto at_the_top;
 	if (flow->flags & FLOW_TURN) {
 		if (attained_bytes < flow->turn_ends_bytes)
-			return 0;
+			goto at_the_top;
 		flow->flags &= ~FLOW_TURN;
 	}
+	goto recorded;
+at_the_top:
+	level = 0;
+recorded:
+	if (done.bytes)
+		record_message(&done, counters);
 	return level;
 }

@@ -21,7 +21,8 @@ struct settings {
 	__u64 blind_gap_ns; /* the same where there is no such socket to ask */
 	__u64 starved_ns;   /* silence with data waiting after which a flow gets a turn at the top ... */
 	__u64 turn_bytes;   /* ... of so many bytes */
-	__u64 use_backlog;  /* 1: rank by what the send buffer shows (backlog.h); 0: by attained service alone */
+	__u32 use_backlog;  /* 1: rank by what the send buffer shows (backlog.h); 0: by attained service alone */
+	__u32 use_hints;    /* 1: look for the hints of applications (hint.h) */
 };
 
 /* Key: slot, 0 or 1. Value: one whole vector of settings. */

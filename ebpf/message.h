@@ -60,37 +60,47 @@ static __always_inline __u32 histogram_bin(__u64 value)
 
 static __always_inline int is_excluded(const struct flow_state *flow); /* rules.h */
 
-/* Writes down the message that has just ended, unless a rule excludes its flow. One whose start was not seen has no
- * size to tell. */
-static __always_inline void record_message(const struct flow_state *flow, __u64 duration_ns, struct counters *counters)
+/* A message that has just finished; bytes 0: none. */
+struct finished_message {
+	__u64 bytes;
+	__u64 duration_ns;
+};
+
+/* The message that a flow has sent up to now. One whose start was not seen has no size to tell, and flows that a rule
+ * excludes are not told of. */
+static __always_inline void finish_message(const struct flow_state *flow, struct finished_message *done)
+{
+	if (flow->flags & FLOW_SAW_MESSAGE && !is_excluded(flow)) {
+		done->bytes = flow->attained_bytes;
+		done->duration_ns = flow->last_data_ns - flow->message_began_ns;
+		if ((__s64)done->duration_ns < 0)
+			done->duration_ns = 0;
+	}
+}
+
+/* One place for it in the whole program: it is long. */
+static __always_inline void record_message(const struct finished_message *done, struct counters *counters)
 {
 	__u32 zero = 0, bin;
 	struct finished_messages *messages = finished.lookup(&zero);
 
-	if (!messages || !flow->attained_bytes || !(flow->flags & FLOW_SAW_MESSAGE) || is_excluded(flow))
+	if (!messages)
 		return;
 	counters->messages_finished++;
-	bin = histogram_bin(flow->attained_bytes);
+	bin = histogram_bin(done->bytes);
 	if (bin < HISTOGRAM_BINS)
 		messages->sizes[bin]++;
-	bin = histogram_bin(duration_ns / NS_PER_US);
+	bin = histogram_bin(done->duration_ns / NS_PER_US);
 	if (bin < HISTOGRAM_BINS)
 		messages->durations[bin]++;
 }
 
-static __always_inline __u64 message_duration_ns(const struct flow_state *flow)
+static __always_inline void begin_message(struct flow_state *flow, __u64 now_ns, struct finished_message *done)
 {
-	return flow->last_data_ns > flow->message_began_ns ? flow->last_data_ns - flow->message_began_ns : 0;
-}
-
-static __always_inline void begin_message(struct flow_state *flow, __u64 now_ns, struct counters *counters)
-{
-	__u64 duration_ns = message_duration_ns(flow);
-
-	record_message(flow, duration_ns, counters);
-	if (flow->flags & FLOW_SAW_MESSAGE) {
-		flow->last_message_bytes = flow->attained_bytes;
-		flow->last_message_ns = duration_ns;
+	finish_message(flow, done);
+	if (done->bytes) {
+		flow->last_message_bytes = done->bytes;
+		flow->last_message_ns = done->duration_ns;
 	}
 	flow->earlier_bytes += flow->attained_bytes;
 	flow->attained_bytes = 0;
@@ -107,16 +117,16 @@ static __always_inline int is_starved(const struct flow_state *flow, __u64 silen
 	return silent_ns >= settings->starved_ns && silent_ns >= settings->starved_ns + (settings->starved_ns >> 8) * draw;
 }
 
-/* A packet with payload after a silence worth a closer look: does a message or a turn begin with it? */
-static __always_inline void after_silence(struct flow_state *flow, const struct packet *packet, int repeated,
-					  const struct sender *sender, __u64 now_ns, __u64 silent_ns,
+/* A packet with payload after a silence worth a closer look: whether a message begins with it, or else a turn. */
+static __always_inline int message_begins(struct flow_state *flow, const struct packet *packet, int repeated,
+					  const struct sender *sender, __u64 silent_ns,
 					  const struct settings *settings, struct counters *counters)
 {
 	__u64 gap_ns = settings->blind_gap_ns;
 	int nothing_left = !repeated;
 
 	if (flow->flags & FLOW_ENDED)
-		return;
+		return 0;
 	if (sender->known) {
 		/* Twice the round-trip time, in nanoseconds: srtt_us is eightfold. */
 		gap_ns = (__u64)sender->srtt_us * (2 * NS_PER_US / 8);
@@ -124,11 +134,12 @@ static __always_inline void after_silence(struct flow_state *flow, const struct 
 			gap_ns = settings->gap_ns;
 		nothing_left = !repeated && sender->una == packet->sequence && !(flow->flags & FLOW_UNSENT);
 	}
-	if (nothing_left && silent_ns >= gap_ns) {
-		begin_message(flow, now_ns, counters);
-	} else if (!(sender->known && nothing_left) && is_starved(flow, silent_ns, settings)) {
+	if (nothing_left && silent_ns >= gap_ns)
+		return 1;
+	if (!(sender->known && nothing_left) && is_starved(flow, silent_ns, settings)) {
 		counters->turns++;
 		flow->turn_ends_bytes = flow->attained_bytes + settings->turn_bytes;
 		flow->flags |= FLOW_TURN;
 	}
+	return 0;
 }

@@ -18,6 +18,7 @@
 #define NETWORK_OFFSET_MASK 31 /* no IP header begins behind that: tells the verifier what it forgets in memory */
 #define EXTENSION_HEADERS 6 /* all kinds once; a packet with more is refused */
 #define MAX_EXTENSION_BYTES 256
+#define EXTENSION_BYTES_MASK 0x1fc /* changes no length: makes them all alike to the verifier, whatever led there */
 
 /* Ethernet, tags, the longest IP header (60 for IPv4), the longest TCP header. */
 #define MAX_HEADER_BYTES (ETH_HLEN + VLAN_TAGS * VLAN_TAG_BYTES + 40 + MAX_EXTENSION_BYTES + 60)
@@ -160,7 +161,7 @@ static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct 
 						  __u32 *offset)
 {
 	struct extension header;
-	__u32 at = *offset, last = *offset + MAX_EXTENSION_BYTES;
+	__u32 at = *offset, skipped_bytes;
 	__u8 next = *next_header;
 	int i;
 
@@ -185,10 +186,11 @@ static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct 
 		}
 		next = header.next_header;
 	}
-	if (at > last || (is_extension_header(next) && packet->fragment != LATER_FRAGMENT))
+	skipped_bytes = at - *offset;
+	if (skipped_bytes > MAX_EXTENSION_BYTES || (is_extension_header(next) && packet->fragment != LATER_FRAGMENT))
 		return EXTENSION_HEADER; /* more than anybody sends */
 	*next_header = next;
-	*offset = at;
+	*offset += skipped_bytes & EXTENSION_BYTES_MASK;
 	return PARSED;
 }
 

@@ -4,8 +4,8 @@
  *
  * Acknowledged, round-trip time and state are stable ABI (struct bpf_tcp_sock). How much the application has written
  * is not: its place in struct tcp_sock comes from the running kernel's BTF as WRITE_SEQ_OFFSET and so on, defined by
- * the loader (hostagent/datapath/backlog_offsets.py) where there is BTF. Packets that are forwarded from containers, virtual machines or other hosts, and
- * UDP, have no such socket; neither has what a kernel sends for a socket that is not whole (SYN-ACK, TIME-WAIT).
+ * the loader (hostagent/datapath/backlog_offsets.py) where there is BTF. UDP, and packets forwarded from virtual machines
+ * or other hosts, have no such socket; neither has what the kernel sends for one that is not whole (SYN-ACK, TIME-WAIT).
  */
 #pragma once
 
@@ -18,7 +18,6 @@ struct sender {
 	__u32 next;    /* first byte that was never sent; this packet's, unless it is a retransmission */
 	__u32 written; /* behind the last byte the application has written; SEES_BACKLOG only */
 	__u32 srtt_us; /* smoothed round-trip time, eightfold as TCP keeps it */
-	__u8 blocked;
 	__u8 known;    /* 0: all others mean nothing */
 };
 
@@ -43,13 +42,6 @@ static __always_inline void ask_socket(struct __sk_buff *skb, const struct packe
 	sender->next = TCP_SOCK_FIELD(__u32, tcp, SND_NXT_OFFSET);
 	sender->written = TCP_SOCK_FIELD(__u32, tcp, WRITE_SEQ_OFFSET);
 	sender->srtt_us = TCP_SOCK_FIELD(__u32, tcp, SRTT_OFFSET);
-#if defined(SOCKET_OFFSET) && BACKLOG_RULE > 1
-	{
-		void *s = TCP_SOCK_FIELD(struct socket *, tcp, SOCKET_OFFSET);
-
-		sender->blocked = s ? *(unsigned long *)(s + SOCKET_FLAGS_OFFSET) >> 2 & 1 : 0;
-	}
-#endif
 	sender->sent_ns = skb->tstamp;
 	sender->known = 1;
 }

@@ -65,6 +65,10 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     blind_message_gap_ms: int = 200  # the same for flows without a local TCP socket: forwarded ones, UDP
     starved_ms: int = 500  # silence with data waiting after which a flow gets a turn at the top; 0: never
     turn_bytes: int = 65_536  # payload that such a turn is for
+    hint_cgroups: list[str] = []  # cgroups (paths below cgroup v2, "/" for all) whose applications' size hints count
+    send_buffer_bytes: int = 0  # send buffer of new TCP connections, at most net.core.wmem_max; 0: the kernel's own
+    send_buffer_ports: list[int] = []  # only of connections with one of these ports, at most 32; empty: of all
+    send_buffer_cgroups: list[str] = []  # only of applications in these cgroups; empty: of all
     pin_dir: str = "/sys/fs/bpf/fabricpilot"  # in a bpffs; programs and maps outlive the agent here
 
 
@@ -172,6 +176,9 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         _check_range("datapath.blind_message_gap_ms", self.datapath.blind_message_gap_ms, 10, 600_000)
         _check_range("datapath.starved_ms", self.datapath.starved_ms, 0, 600_000)
         _check_range("datapath.turn_bytes", self.datapath.turn_bytes, 1500, 1 << 30)
+        _check_range("datapath.send_buffer_bytes", self.datapath.send_buffer_bytes, 0, 1 << 30)
+        for port in self.datapath.send_buffer_ports:
+            _check_range("datapath.send_buffer_ports", port, 1, 65_535)
 
     @property
     def thresholds(self) -> Thresholds:

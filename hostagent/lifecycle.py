@@ -21,7 +21,7 @@ from fabricpilot.config import AgentConfig, DatapathSection, parse_rate
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
-from hostagent.datapath.base import Datapath, MessageRule, Settings
+from hostagent.datapath.base import Datapath, MessageRule, Settings, SocketRule
 from hostagent.flow_control import FlowControl, check, open_flow_control, require
 from hostagent.nics import LinkWatch
 from hostagent.qdisc import QueuePlan, install, installed, make_plan, plan_queues, restore, supported_kinds
@@ -126,6 +126,7 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             observe=config.datapath.observe,
             messages=_message_rule(config.datapath),
             use_backlog=config.datapath.mode != "attained" and "backlog" in datapath.capabilities,
+            use_hints=bool(config.datapath.hint_cgroups),
         )
         if already:  # if another version's takes its place, it is to go on tagging
             datapath.apply(settings)
@@ -136,6 +137,7 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             install(plan, name, ipr, run_dir)
             log.info("%s: queues %s: %s", name, plan.kind, plan.why)
         datapath.apply(settings)
+        datapath.serve_sockets(_socket_rule(config.datapath))
         flow_control = open_flow_control(config, datapath, ipr)
         if flow_control is not None:
             undo.callback(flow_control.close)
@@ -209,6 +211,15 @@ def _roster(config: AgentConfig, datapath: Datapath, queues: dict[str, QueuePlan
     except BaseException:
         watch.close()
         raise
+
+
+def _socket_rule(section: DatapathSection) -> SocketRule:
+    return SocketRule(
+        hint_cgroups=tuple(section.hint_cgroups),
+        send_buffer_bytes=section.send_buffer_bytes,
+        send_buffer_ports=tuple(section.send_buffer_ports),
+        send_buffer_cgroups=tuple(section.send_buffer_cgroups) or ("/",),
+    )
 
 
 def _message_rule(section: DatapathSection) -> MessageRule:

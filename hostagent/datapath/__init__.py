@@ -15,8 +15,13 @@ from hostagent.datapath.base import CAPABILITIES, Datapath
 
 log = logging.getLogger(__name__)
 
-# Settings that not every data path can follow: key in [datapath], the value that needs it, the capability.
-_NEEDS: Final = (("mode", "backlog", "backlog"),)
+# Settings that not every data path can follow: key in [datapath], the value that needs it (None: any that is set),
+# the capability.
+_NEEDS: Final = (
+    ("mode", "backlog", "backlog"),
+    ("hint_cgroups", None, "sockets"),
+    ("send_buffer_bytes", None, "sockets"),
+)
 
 _BPF_REFUSED: Final = {
     errno.EPERM: "bpf(2) is refused (lockdown, a seccomp filter, or no CAP_BPF)",
@@ -49,9 +54,10 @@ def open_datapath(section: DatapathSection) -> Datapath:
 def missing_capabilities(datapath: Datapath, section: DatapathSection) -> list[str]:
     """What is configured and `datapath` cannot do, one text each."""
     return [
-        f"datapath.{key} = {value} needs {capability}: {CAPABILITIES[capability]}"
+        f"datapath.{key} = {getattr(section, key)} needs {capability}: {CAPABILITIES[capability]}"
         for key, value, capability in _NEEDS
-        if getattr(section, key, None) == value and capability not in datapath.capabilities
+        if (getattr(section, key) == value if value else getattr(section, key))
+        and capability not in datapath.capabilities
     ]
 
 

@@ -95,6 +95,7 @@ CAPABILITIES: Final = {
     "bridged": "schedules bridged packets too, beside local and routed ones",
     "messages": "starts a flow's count again with each of its messages",
     "backlog": "levels by what was written to a local TCP socket",
+    "sockets": "takes size hints from applications, and sets their send buffers",
 }
 
 
@@ -110,6 +111,7 @@ class Settings:
         observe: compute and count everything, change no packet.
         messages: when a flow's count starts again.
         use_backlog: rank by what the send buffer shows, where it can be seen.
+        use_hints: believe the sizes that applications announce (`SocketRule` says whose).
     """
 
     thresholds: Thresholds
@@ -119,6 +121,7 @@ class Settings:
     observe: bool = False
     messages: MessageRule = MessageRule()
     use_backlog: bool = False
+    use_hints: bool = False
 
     def __post_init__(self) -> None:
         check_dscp(self.dscp, self.thresholds.levels)
@@ -143,6 +146,23 @@ class FlowTable:
     def empty(cls, read_at_ns: int) -> "FlowTable":
         """A table without flows."""
         return cls(np.zeros(0, FLOW_KEY_DTYPE), np.zeros(0, FLOW_STATE_DTYPE), read_at_ns)
+
+
+@dataclass(frozen=True)
+class SocketRule:
+    """What is done at the sockets of local applications, by cgroup (path below cgroup v2, "/" for all).
+
+    Attributes:
+        hint_cgroups: whose size hints count (ebpf/hint.h).
+        send_buffer_bytes: send buffer of new TCP connections; 0: the kernel's own.
+        send_buffer_ports: only of those with one of these ports on either side; empty: of all. At most 32.
+        send_buffer_cgroups: only of these.
+    """
+
+    hint_cgroups: tuple[str, ...] = ()
+    send_buffer_bytes: int = 0
+    send_buffer_ports: tuple[int, ...] = ()
+    send_buffer_cgroups: tuple[str, ...] = ("/",)
 
 
 @dataclass(frozen=True)
@@ -212,6 +232,14 @@ class Datapath(Protocol):
 
     def finished_messages(self) -> FinishedMessages:
         """Messages that were followed by another one of the same flow, cumulative since the data path was loaded."""
+
+    def serve_sockets(self, rule: SocketRule) -> None:
+        """Do exactly this at local sockets from now on; needs the capability `sockets` for anything but nothing.
+
+        Raises:
+            UsageError: a cgroup does not exist.
+            KernelError: the kernel refused.
+        """
 
     def sees_backlog(self) -> bool:
         """Whether what is in the kernel can see send buffers, so that `Settings.use_backlog` has an effect."""

@@ -31,6 +31,7 @@ _OBJ_GET_INFO_BY_FD: Final = 15
 _PROG_QUERY: Final = 16
 _MAP_LOOKUP_BATCH: Final = 24
 _MAP_DELETE_BATCH: Final = 27
+_LINK_CREATE: Final = 28
 
 # enum bpf_map_type
 MAP_TYPE_HASH: Final = 1
@@ -106,6 +107,15 @@ class _ProgLoad(ctypes.Structure):  # BPF_PROG_LOAD
     )
 
 
+class _LinkCreate(ctypes.Structure):  # BPF_LINK_CREATE
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("target_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
 class _TestRun(ctypes.Structure):  # BPF_PROG_TEST_RUN
     _fields_ = (
         ("prog_fd", ctypes.c_uint32),
@@ -169,6 +179,11 @@ def obj_get(path: Path) -> int:
     """File descriptor (close-on-exec) of what is pinned at `path`."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
+
+
+def link_create(program: int, target: int, attach_type: int) -> int:
+    """Attach a program to a target (a cgroup's directory); it stays until this descriptor and all pins are gone."""
+    return _bpf(_LINK_CREATE, _LinkCreate(program, target, attach_type, 0))
 
 
 def prog_id(fd: int) -> int:

@@ -26,12 +26,15 @@ from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
 from hostagent.datapath import tc_filter, upgrade
 from hostagent.datapath.backlog_offsets import KERNEL_BTF
-from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings
+from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
+from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups
 from hostagent.datapath.ebpf_loader import MAPS
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
     FINISHED_DTYPE,
+    SEND_BUFFER_DTYPE,
+    SEND_BUFFER_PORTS,
     SETTINGS_DTYPE,
     name_counters,
     pack_settings,
@@ -65,7 +68,9 @@ class EbpfDatapath:
     """
 
     name = "ebpf"
-    capabilities = frozenset({"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages"})
+    capabilities = frozenset(
+        {"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages", "sockets"}
+    )
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
         if not pin_dir.is_absolute() or "." in pin_dir.name:
@@ -230,6 +235,22 @@ class EbpfDatapath:
         per_cpu = bpf.lookup_percpu(pins.maps["finished"], FINISHED_DTYPE)
         sizes, durations = (per_cpu[field].sum(axis=0).astype(np.int64) for field in ("sizes", "durations"))
         return FinishedMessages(sizes, durations)
+
+    def serve_sockets(self, rule: SocketRule) -> None:
+        """See `Datapath.serve_sockets`; loads the data path first where it is not there yet."""
+        if len(rule.send_buffer_ports) > SEND_BUFFER_PORTS:
+            raise UsageError(
+                f"datapath.send_buffer_ports has {len(rule.send_buffer_ports)} ports; give at most {SEND_BUFFER_PORTS}"
+            )
+        wanted = np.zeros(1, SEND_BUFFER_DTYPE)
+        wanted["bytes"], wanted["ports"] = rule.send_buffer_bytes, len(rule.send_buffer_ports)
+        wanted["port"][0, : len(rule.send_buffer_ports)] = rule.send_buffer_ports
+        with self._exclusive():
+            pins = self._ensure_loaded()
+            bpf.update(pins.maps["send_buffers"], _ZERO, wanted)
+            attach_to_cgroups(self.pin_dir, "hint", SETSOCKOPT, rule.hint_cgroups)
+            buffered = rule.send_buffer_cgroups if rule.send_buffer_bytes else ()
+            attach_to_cgroups(self.pin_dir, "send_buffer", SOCK_OPS, buffered)
 
     def sees_backlog(self) -> bool:
         """See `Datapath.sees_backlog`."""

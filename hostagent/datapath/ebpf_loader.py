@@ -42,7 +42,11 @@ MAPS: Final = (
     "verdicts",
     "routes",
     "finished",
+    "hints",
+    "send_buffers",
 )
+# Programs on cgroups, by pin: function, the number of the program's type and that of where it is attached.
+CGROUP_PROGRAMS: Final = {"hint": ("fabricpilot_hint", 25, 22), "send_buffer": ("fabricpilot_send_buffer", 13, 3)}
 
 _TIMEOUT_S: Final = 60.0
 _DEBIAN_PACKAGES: Final = "/usr/lib/python3/dist-packages"
@@ -144,17 +148,22 @@ def _compile_and_load(
         module = bcc.BPF(text=program_source(flow_entries, macros=macros).encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
         raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
-    maps = {name: module[name.encode()].map_fd for name in MAPS}
+    maps = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
     kept = _take_over(maps, old_dir, agreeing) if old_dir is not None else []
     try:
         program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
     except Exception as error:
         raise KernelError(f"the kernel refused the BPF program: {error}") from error
+    on_cgroups: dict[str, int] = {}
+    with contextlib.suppress(Exception):  # without CONFIG_CGROUP_BPF the kernel has no such programs, nor needs them
+        for pin, (function, kind, attach_type) in CGROUP_PROGRAMS.items():
+            on_cgroups[pin] = module.load_func(function.encode(), kind, attach_type=attach_type).fd
     if pin_dir is not None:
-        _pin(pin_dir, {PROGRAM_PIN: program.fd, **maps})
+        _pin(pin_dir, {PROGRAM_PIN: program.fd, **on_cgroups, **maps})
     return {
         "ok": True,
         "blind": blind,
+        "on_cgroups": sorted(on_cgroups),
         "instructions": len(module.dump_func(PROGRAM.encode())) // 8,
         "seconds": round(time.monotonic() - started, 3),
         "kept": kept,

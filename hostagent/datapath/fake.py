@@ -25,6 +25,7 @@ from hostagent.datapath.base import (
     FinishedMessages,
     FlowTable,
     Settings,
+    SocketRule,
 )
 from hostagent.datapath.layout import counter_names
 
@@ -124,6 +125,9 @@ class FakeDatapath:
     def finished_messages(self) -> FinishedMessages:
         """See `Datapath.finished_messages`."""
         return FinishedMessages(self._finished.sizes.copy(), self._finished.durations.copy())
+
+    def serve_sockets(self, rule: SocketRule) -> None:
+        """See `Datapath.serve_sockets`: there is nothing it could do."""
 
     def sees_backlog(self) -> bool:
         """See `Datapath.sees_backlog`: here are no sockets."""

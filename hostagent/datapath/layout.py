@@ -24,9 +24,14 @@ SETTINGS_DTYPE = np.dtype(
         ("blind_gap_ns", "<u8"),
         ("starved_ns", "<u8"),
         ("turn_bytes", "<u8"),
-        ("use_backlog", "<u8"),
+        ("use_backlog", "<u4"),
+        ("use_hints", "<u4"),
     ]
 )
+
+# `struct send_buffer` in ebpf/send_buffer.h.
+SEND_BUFFER_PORTS = 32
+SEND_BUFFER_DTYPE = np.dtype([("bytes", "<u4"), ("ports", "<u4"), ("port", "<u2", SEND_BUFFER_PORTS)])
 
 # `struct finished_messages` in ebpf/message.h.
 FINISHED_DTYPE = np.dtype([("sizes", "<u8", BINS), ("durations", "<u8", BINS)])
@@ -90,6 +95,7 @@ def pack_settings(settings: Settings) -> npt.NDArray[np.void]:
     packed["quiet_ns"] = min(rule.gap_ns, rule.blind_gap_ns, starved_ns)
     packed["gap_ns"], packed["blind_gap_ns"], packed["starved_ns"] = rule.gap_ns, rule.blind_gap_ns, starved_ns
     packed["turn_bytes"], packed["use_backlog"] = rule.turn_bytes, settings.use_backlog
+    packed["use_hints"] = settings.use_hints
     # Unmarked packets and those marked by us before (retransmissions keep the socket's mark, forwarded ones the
     # sender's) may be marked anew.
     packed["writable_dscp"] = sum(1 << dscp for dscp in {0, *settings.dscp}) if settings.respect_dscp else _ANY_DSCP
@@ -114,6 +120,7 @@ def unpack_settings(packed: npt.NDArray[np.void]) -> Settings | None:
             turn_bytes=int(packed["turn_bytes"]),
         ),
         use_backlog=bool(packed["use_backlog"]),
+        use_hints=bool(packed["use_hints"]),
     )
 
 

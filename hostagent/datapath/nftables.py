@@ -29,7 +29,7 @@ import numpy.typing as npt
 from fabricpilot.errors import KernelError, UsageError
 from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath import nft_rules, nft_table
-from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FinishedMessages, FlowTable, Settings
+from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_START, FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.conntrack_flows import (
     NO_FLOWS,
     Flows,
@@ -211,6 +211,9 @@ class NftablesDatapath:
     def finished_messages(self) -> FinishedMessages:
         """See `Datapath.finished_messages`: conntrack counts connections, so messages are not told apart."""
         return FinishedMessages.none()
+
+    def serve_sockets(self, rule: SocketRule) -> None:
+        """See `Datapath.serve_sockets`: there is nothing it could do."""
 
     def sees_backlog(self) -> bool:
         """See `Datapath.sees_backlog`."""

@@ -6,7 +6,13 @@ import pytest
 from datapath_kit import run
 
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
-from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE, UNTRACKED_REASONS
+from hostagent.datapath.layout import (
+    COUNTERS_DTYPE,
+    FINISHED_DTYPE,
+    SEND_BUFFER_DTYPE,
+    SETTINGS_DTYPE,
+    UNTRACKED_REASONS,
+)
 from hostagent.datapath.rules import PREFIX_KEY_DTYPE, RULE_SET_DTYPE
 from hostagent.datapath.source import EBPF_DIR
 from hostagent.datapath.steering import ROUTE_DTYPE, STEERING_DTYPE
@@ -40,6 +46,7 @@ def btf_layout(pin, struct: str) -> tuple[int, dict[str, tuple[int, int]]]:
         ("rule_sets", "rule_set", RULE_SET_DTYPE),
         ("routes", "route", ROUTE_DTYPE),
         ("finished", "finished_messages", FINISHED_DTYPE),
+        ("send_buffers", "send_buffer", SEND_BUFFER_DTYPE),
     ],
 )
 def test_struct_and_dtype_agree(kernel_sender, map_name, struct, dtype):
