@@ -241,7 +241,7 @@ def test_a_route_whose_link_goes_is_left_at_once_and_found_again(fabric, version
         transfer.send(2_000_000)  # nothing is lost but what was on the wire
         assert time.monotonic() - began < 5
         assert control.usable_routes == ()
-        assert "nic1" in control.status()["routes"]["1"]
+        _wait(lambda: "nic1" in control.status()["routes"]["1"])  # said behind the deed, by the other thread
         if how == "deleted":
             return
         where = fabric.sender if how == "down" else fabric.receiver
