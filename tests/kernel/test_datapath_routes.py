@@ -419,6 +419,40 @@ def test_a_flow_label_chooses_among_equal_paths(fabric):
     assert labels == {0x11111: {0x11111}, 0x22222: {0x22222}}
 
 
+def test_a_flow_label_spreads_tunnelled_ipv4_by_the_outer_source_port(fabric):
+    vxlan = ("vxlan", "id", "5", "dstport", "4789", "dev", "nic0", "remote", path_address(4, 0, 1))
+    run("ip", "link", "add", "vx0", "type", *vxlan, netns=fabric.sender)
+    run("ip", "address", "add", "10.99.0.1/24", "dev", "vx0", netns=fabric.sender)
+    run("ip", "link", "set", "vx0", "up", netns=fabric.sender)
+    run("ip", "neigh", "add", "10.99.0.2", "lladdr", "02:00:00:00:00:99", "dev", "vx0", netns=fabric.sender)
+    fabric.datapath.attach("vx0")
+    with in_netns(fabric.receiver):
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        tap.bind(("nic0", 0))
+    tap.settimeout(0.5)
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    ports = {}
+    for label in (1, 2, 3):
+        config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
+        config = msgspec.structs.replace(config, rules=[Rule(route=3, destination=["10.99.0.0/24"])])
+        control = FlowControl(config, fabric.datapath, fabric.ipr)
+        for _ in range(5):
+            udp.sendto(b"x" * 100, ("10.99.0.2", 9))
+        seen = set()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                frame, (_, _, kind, *_) = tap.recvfrom(2048)
+                # To the VXLAN port, with IPv4 inside: Ethernet 14, IPv4 20, UDP 8, VXLAN 8, Ethernet 14.
+                if kind != socket.PACKET_OUTGOING and frame[36:38] == b"\x12\xb5" and frame[62:64] == b"\x08\x00":
+                    seen.add(int.from_bytes(frame[34:36], "big"))
+        ports[label] = seen
+        control.close()
+    udp.close()
+    tap.close()
+    assert all(len(seen) == 1 for seen in ports.values()), ports
+    assert len(set.union(*ports.values())) == 3, ports
+
+
 @pytest.mark.parametrize(
     ("paths", "rules", "match"),
     [
