@@ -85,7 +85,7 @@ class Agent:
                 if self.flow_control is not None:
                     self.flow_control.close()
                 if self.roster is not None:
-                    self.roster.watch.close()
+                    self.roster.close()
 
     def _loop(self, stop: StopSignal) -> None:
         poller = zmq.Poller()

@@ -27,6 +27,7 @@ from hostagent.datapath.base import Datapath
 from hostagent.nics import LinkWatch, Nic
 from hostagent.qdisc import QueuePlan, install, restore
 from hostagent.qdisc.install import drop_records_of_missing
+from hostagent.qdisc.snapshot import recorded
 from hostagent.selection import Selection
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,11 @@ class Roster:
         if self._to_look_at:
             self._look_at(self._to_look_at.pop(0))
 
+    def close(self) -> None:
+        """Stop watching; what is scheduled stays so."""
+        self._changes.tell(float("inf"))
+        self.watch.close()
+
     def status(self) -> dict[str, Any]:
         """What `fabricpilot agent status` shows."""
         tagged_only = [name for name, plan in self.queues.items() if plan.kind == "none"]
@@ -217,7 +223,8 @@ class Roster:
             if plan.kind != "none" and self.priority not in (None, plan.priority):
                 raise UsageError(f"{nic.name} would get queues of another kind ({plan.kind}) than the others")
             self._datapath.attach(nic.name)
-            install(plan, nic.name, self._ipr, self._run_dir)
+            if plan.kind != "none" or nic.index in recorded(self._run_dir):  # else it has no queues of ours
+                install(plan, nic.name, self._ipr, self._run_dir)
         except (FabricpilotError, NetlinkError) as error:
             self._datapath.release([nic.name])
             self.watch.read()

@@ -22,6 +22,7 @@ import numpy as np
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLOW_KEY_DTYPE
 from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.ebpf_loader import CGROUP_PROGRAMS, PROGRAM_PIN
 from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
 
 TC_ACT_UNSPEC = 0xFFFFFFFF
@@ -83,8 +84,11 @@ def start_agent(code: str, *arguments: str) -> subprocess.Popen[str]:
 def bpf_objects(*pin_dirs: Path) -> set[tuple[str, int]]:
     """Kind and id of the programs and maps that are pinned in some folders, and of the maps those programs use."""
     found = set()
+    programs = {PROGRAM_PIN, *CGROUP_PROGRAMS}
     for pin in [path for directory in pin_dirs if directory.is_dir() for path in directory.iterdir()]:
-        kind = "prog" if pin.name == "egress" else "map"
+        if pin.name.rpartition("_")[0] in programs:
+            continue  # a link of one of the programs to a cgroup
+        kind = "prog" if pin.name in programs else "map"
         said = json.loads(run("bpftool", "-j", kind, "show", "pinned", str(pin)))
         found |= {(kind, said["id"]), *(("map", map_id) for map_id in said.get("map_ids", ()))}
     return found

@@ -1,0 +1,232 @@
+"""`detach` leaves no trace, whatever came before it: an agent killed at any step, or a detach killed at any step.
+
+A child works in the namespace and kills itself (SIGKILL) right before its n-th change of anything outside itself: a
+pin, a map entry, a folder or file, a filter, a qdisc, a temporary interface. For n = 1, 2, ... until it gets through.
+"""
+
+import json
+import os
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+from datapath_kit import bpf_file_system, bpf_objects, in_netns, run, start_agent, wait_until_freed
+from pyroute2 import IPRoute
+
+from fabricpilot.config import AgentConfig, load
+from hostagent.datapath import bpf_syscall as bpf
+from hostagent.datapath import ebpf_loader, tc_filter, upgrade
+from hostagent.lifecycle import bring_up, take_down
+from hostagent.qdisc import rtnetlink, snapshot, support
+
+FLOW_ENTRIES = 4096
+MOST_STEPS = 200
+
+
+class Host:
+    """A namespace, entered, whose NIC somebody has given a shaper, and another NIC a clsact."""
+
+    def __init__(self, directory: Path, pins: Path, loaded: set[tuple[str, int]]):
+        self.pins = pins
+        self.loaded = loaded  # what this process keeps in the kernel
+        self.run_dir = directory / "run"
+        self.config = load(
+            AgentConfig,
+            None,
+            {
+                "host.interfaces": ["nic0", "nic1"],
+                "host.run_dir": str(self.run_dir),
+                "datapath.pin_dir": str(pins / "fabricpilot"),
+                "datapath.flow_entries": FLOW_ENTRIES,
+                "queues.link_rate": "100Mbit",
+                "queues.replace_foreign": True,
+            },
+            {},
+        )
+        run("ip", "link", "add", "nic0", "type", "veth", "peer", "name", "nic1")
+        for nic in ("nic0", "nic1"):
+            run("ip", "link", "set", nic, "up")
+        shaper = "rate 50mbit burst 20kb limit 100kb"
+        run("tc", "qdisc", "replace", "dev", "nic0", "root", "handle", "8:", "tbf", *shaper.split(" "))
+        run("tc", "qdisc", "add", "dev", "nic1", "clsact")
+
+    def state(self) -> list[str]:
+        """Everything that an agent touches, without what only counts."""
+        links = json.loads(run("ip", "-j", "-d", "link"))
+        shown = [f"{link['ifname']} {link['flags']} {link.get('qdisc')} {link['mtu']}" for link in links]
+        for link in links:
+            name = link["ifname"]
+            shown += [run("tc", "class", "show", "dev", name)]
+            shown += [run("tc", "filter", "show", "dev", name, *where) for where in ((), ("egress",), ("ingress",))]
+        shown += sorted(run("tc", "qdisc", "show").replace("refcnt 3", "refcnt 2").splitlines())
+        shown += sorted(str(path) for path in self.pins.rglob("*"))
+        return shown + sorted(str(path) for path in self.run_dir.glob("qdisc-*"))
+
+    def surroundings(self) -> list[str]:
+        """What an agent with an eBPF data path has no business with."""
+        settings = []
+        for path in sorted(Path("/proc/sys/net").rglob("*")):
+            try:
+                settings.append(f"{path} {path.read_text()}" if path.is_file() else "")
+            except OSError:  # some may only be written
+                continue
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        ours = (str(self.pins), "/sys/")  # other tests may run on this machine
+        mounts = [line for line in mounts if " - bpf " in line and line.split()[4].startswith(ours)]
+        return [run("nft", "list", "ruleset"), *settings, *mounts]
+
+    def attach(self) -> None:
+        with IPRoute() as ipr:
+            scheduled = bring_up(self.config, ipr)
+            scheduled.roster.watch.close()
+            scheduled.flow_control.close()
+            scheduled.datapath.close()
+
+    def detach(self) -> None:
+        with IPRoute() as ipr:
+            take_down(self.config, ipr)
+
+    def assert_scheduled(self) -> None:
+        for nic in ("nic0", "nic1"):
+            filters = json.loads(run("tc", "-j", "filter", "show", "dev", nic, "egress"))
+            assert [str(f["options"]["bpf_name"])[:11] for f in filters if "options" in f] == ["fabricpilot"]
+            assert " fab: root" in run("tc", "qdisc", "show", "dev", nic)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A loaded program and its maps, to be pinned again and again without compiling."""
+    with bpf_file_system(tmp_path_factory.mktemp("loaded")) as root:
+        directory = root / "once"
+        directory.mkdir()
+        ebpf_loader.load(directory, FLOW_ENTRIES)
+        pinned = {name: bpf.obj_get(directory / name) for name in (ebpf_loader.PROGRAM_PIN, *ebpf_loader.MAPS)}
+        yield pinned, bpf_objects(directory)
+        for fd in pinned.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def host(make_netns, tmp_path, program, monkeypatch):
+    def load_again(new, flow_entries, old_dir=None, agreeing=()):
+        for name, fd in program[0].items():
+            bpf.obj_pin(fd, new / name)
+        return {"ok": True, "instructions": 0, "seconds": 0, "kept": [], "blind": ""}
+
+    monkeypatch.setattr(upgrade, "load", load_again)
+    with bpf_file_system(tmp_path / "bpf") as pins, in_netns(make_netns("host")):
+        made = Host(tmp_path, pins, program[1])
+        yield made
+        made.detach()
+
+
+CHANGES = (
+    *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "rmdir")),
+    *((bpf, name) for name in ("obj_pin", "update", "delete")),
+    *((tc_filter, name) for name in ("add_clsact", "set_filter", "remove_filter", "remove_clsact_if_empty")),
+    (rtnetlink, "_send"),
+    *((module, name) for module in (support, snapshot) for name in ("add_scratch_link", "remove_link")),
+)
+
+
+def killed_at(step: int, act) -> bool:
+    """Run `act` in a child that kills itself right before its change number `step`; False if it got through first."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def counted(change):
+            def call(*arguments, **options):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*arguments, **options)
+
+            return call
+
+        try:
+            for module, name in CHANGES:
+                setattr(module, name, counted(getattr(module, name)))
+            act()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+@pytest.mark.parametrize("then", ["detach", pytest.param("run, detach", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["attach", "detach"])
+def test_killed_at_every_step(host, what, then):
+    before, surroundings = host.state(), host.surroundings()
+    objects = set()
+    for step in range(1, MOST_STEPS):
+        if what == "detach":
+            host.attach()
+        killed = killed_at(step, getattr(host, what))
+        objects |= bpf_objects(host.pins / "fabricpilot", host.pins / "fabricpilot-new")
+        if then != "detach":
+            host.attach()
+            host.assert_scheduled()
+        host.detach()
+        assert host.state() == before, f"killed before change {step} of {what}"
+        if not killed:
+            break
+    print(f"{step - 1} changes")
+    assert 20 < step < MOST_STEPS - 1
+    assert host.surroundings() == surroundings
+    wait_until_freed(objects - host.loaded)
+
+
+OWN_MOUNT = """
+import ctypes, os, sys
+from pathlib import Path
+from pyroute2 import IPRoute
+from fabricpilot.config import AgentConfig, load
+from hostagent.lifecycle import bring_up, take_down
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x00020000) == 0  # CLONE_NEWNS
+assert libc.mount(b"none", b"/", None, 0x44000, None) == 0  # MS_REC | MS_PRIVATE
+while Path("/sys/fs/bpf").is_mount():
+    assert libc.umount2(b"/sys/fs/bpf", 2) == 0
+def mounts():
+    return [l for l in Path("/proc/self/mountinfo").read_text().splitlines() if "/sys/fs/bpf" in l]
+settings = {"host.interfaces": ["nic0"], "host.run_dir": sys.argv[1], "queues.kind": "none",
+            "datapath.flow_entries": 4096, "datapath.pin_dir": "/sys/fs/bpf/of/ours"}
+config = load(AgentConfig, None, settings, {})
+with IPRoute() as ipr:
+    take_down(config, ipr)  # looks, and mounts nothing
+    assert not mounts()
+    for others in (False, True):
+        scheduled = bring_up(config, ipr)
+        scheduled.datapath.close()
+        assert mounts()[0].endswith(" - bpf fabricpilot rw"), mounts()
+        if others:
+            Path("/sys/fs/bpf/theirs").mkdir()
+        take_down(config, ipr)
+        assert bool(mounts()) == others
+        assert not Path("/sys/fs/bpf/of").exists()
+    Path("/sys/fs/bpf/theirs").rmdir()
+    take_down(config, ipr)  # nothing was left but the mount
+    assert not mounts()
+    assert libc.mount(b"bpf", b"/sys/fs/bpf", b"bpf", 0, None) == 0
+    bring_up(config, ipr).datapath.close()
+    take_down(config, ipr)
+    assert mounts()  # somebody else's
+print("done", flush=True)
+"""
+
+
+def test_the_bpf_file_system_that_an_agent_mounted_goes_once_nobody_uses_it(make_netns, tmp_path):
+    with in_netns(make_netns("host")):
+        run("ip", "link", "add", "nic0", "type", "veth", "peer", "name", "nic1")
+        child = start_agent(OWN_MOUNT, str(tmp_path / "run"))
+        said, _ = child.communicate(timeout=60)
+        assert (child.returncode, said) == (0, "done\n")

@@ -1,0 +1,358 @@
+"""Interfaces that come, go, and change their names while the agent runs; and a thousand of them at once."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datapath_kit import bpf_file_system, in_netns, run
+from pyroute2 import IPRoute
+
+from fabricpilot.config import AgentConfig, load
+from fabricpilot.errors import UsageError
+from hostagent.lifecycle import bring_up, take_down
+from hostagent.nics import LinkWatch
+
+FABRICPILOT = str(Path(sys.executable).with_name("fabricpilot"))
+
+
+class Host:
+    """An agent's data path in a namespace, entered; its roster is driven by hand."""
+
+    def __init__(self, directory: Path, pins: Path):
+        self.run_dir, self.pins = directory / "run", pins
+        self.ipr = IPRoute()
+        self.scheduled = None
+
+    def start(self, *interfaces: str, **settings: object) -> None:
+        given = {
+            "host.interfaces": list(interfaces),
+            "host.run_dir": str(self.run_dir),
+            "datapath.pin_dir": str(self.pins / "fabricpilot"),
+            "datapath.flow_entries": 4096,
+            "queues.link_rate": "100Mbit",
+            **{name.replace("__", "."): value for name, value in settings.items()},
+        }
+        self.config = load(AgentConfig, None, given, {})
+        self.scheduled = bring_up(self.config, self.ipr)
+        self.roster = self.scheduled.roster
+        self.follow()
+
+    def follow(self) -> int:
+        """What the agent's loop does after an event; returns how many rounds it took."""
+        self.roster.on_event()
+        rounds = 0
+        while self.roster.busy:
+            self.roster.step()
+            rounds += 1
+        return rounds
+
+    def stop(self) -> None:
+        if self.scheduled is not None:
+            self.roster.close()
+            self.scheduled.flow_control.close()
+            self.scheduled.datapath.close()
+            self.scheduled = None
+
+    def close(self) -> None:
+        self.stop()
+        take_down(self.config, self.ipr)
+        self.ipr.close()
+
+    def records(self) -> list[str]:
+        return sorted(path.name for path in self.run_dir.glob("qdisc-*"))
+
+    def noted(self) -> dict[int, bool]:
+        return self.scheduled.datapath._pins.interfaces()
+
+
+@pytest.fixture
+def host(make_netns, tmp_path):
+    with bpf_file_system(tmp_path / "bpf") as pins, in_netns(make_netns("host")):
+        made = Host(tmp_path, pins)
+        yield made
+        made.close()
+
+
+def add(name: str, peer: str) -> None:
+    run("ip", "link", "add", name, "type", "veth", "peer", "name", peer)
+
+
+def filters(name: str) -> int:
+    return run("tc", "filter", "show", "dev", name, "egress").count("fabricpilot:")
+
+
+def has_queues(name: str) -> bool:
+    return " fab: root" in run("tc", "qdisc", "show", "dev", name)
+
+
+def test_a_missing_interface_is_an_error_unless_it_is_waited_for(host):
+    with pytest.raises(UsageError, match=r"'nic0' does not exist; .*wait_for_interfaces"):
+        host.start("nic0")
+    host.start("nic0", host__wait_for_interfaces=True)
+    assert host.roster.names == []
+    assert host.roster.status()["waiting_for"] == ["nic0"]
+    assert host.roster.priority is None
+    add("nic0", "nic1")
+    host.follow()
+    assert host.roster.names == ["nic0"]
+    assert (filters("nic0"), has_queues("nic0")) == (1, True)
+    assert host.roster.priority == host.scheduled.queues["nic0"].priority
+    assert host.roster.link_rate_bps == 100_000_000
+    assert host.roster.status()["waiting_for"] == []
+
+
+def test_one_that_goes_is_forgotten_and_a_new_one_of_its_name_is_new(host, caplog):
+    add("nic0", "nic1")
+    host.start("nic0")
+    [index], [record] = host.noted(), host.records()
+    run("ip", "link", "del", "nic0")
+    with caplog.at_level(logging.INFO):
+        host.follow()
+    assert (host.roster.names, host.noted(), host.records(), host.scheduled.queues) == ([], {}, [], {})
+    assert [r.getMessage() for r in caplog.records if "nic0" in r.getMessage()] == ["nic0 is gone"]
+    add("nic0", "nic1")
+    host.follow()
+    [again] = host.noted()
+    assert again != index
+    assert host.records() != [record]
+    assert (filters("nic0"), has_queues("nic0")) == (1, True)
+
+
+def test_gone_and_back_between_two_looks(host):
+    """Also when the new one gets the old one's index, so that only the event tells them apart."""
+    add("nic0", "nic1")
+    host.start("nic0")
+    [index] = host.noted()
+    run("ip", "link", "del", "nic0")
+    run("ip", "link", "add", "nic0", "index", str(index), "type", "veth", "peer", "name", "nic1")
+    assert filters("nic0") == 0
+    host.follow()
+    assert (filters("nic0"), has_queues("nic0"), list(host.noted())) == (1, True, [index])
+
+
+def test_down_and_up_keep_everything(host):
+    add("nic0", "nic1")
+    host.start("nic0")
+    before = run("tc", "qdisc", "show"), run("tc", "filter", "show", "dev", "nic0", "egress")
+    for state, down in (("up", []), ("down", ["nic0"]), ("up", [])):
+        run("ip", "link", "set", "nic0", state)
+        host.follow()
+        assert host.roster.status()["down"] == down
+        assert (filters("nic0"), has_queues("nic0")) == (1, True)
+    assert run("tc", "filter", "show", "dev", "nic0", "egress") == before[1]
+
+
+def test_a_renamed_one_stays_or_is_let_go_as_its_new_name_says(host):
+    add("nic0", "other")
+    run("tc", "qdisc", "replace", "dev", "nic0", "root", "handle", "7:", "bfifo", "limit", "123456")
+    host.start("nic*", queues__replace_foreign=True)
+    assert host.roster.names == ["nic0"]
+    before = run("tc", "filter", "show", "dev", "nic0", "egress")
+    run("ip", "link", "set", "nic0", "name", "nic9")
+    host.follow()
+    assert host.roster.names == ["nic9"]
+    assert run("tc", "filter", "show", "dev", "nic9", "egress") == before
+    assert list(host.scheduled.queues) == ["nic9"]
+    run("ip", "link", "set", "nic9", "name", "unwanted")
+    host.follow()
+    assert (host.roster.names, host.noted(), host.records()) == ([], {}, [])
+    assert filters("unwanted") == 0
+    assert "clsact" not in run("tc", "qdisc", "show", "dev", "unwanted")
+    assert "bfifo 7:" in run("tc", "qdisc", "show", "dev", "unwanted")
+    run("ip", "link", "set", "unwanted", "name", "nic0")
+    host.follow()
+    assert host.roster.names == ["nic0"]
+
+
+def test_patterns_take_what_can_be_scheduled_and_tag_only_keeps_queues(host):
+    add("nic0", "peer0")
+    add("veth1", "peer1")
+    run("ip", "tuntap", "add", "dev", "tap1", "mode", "tap")
+    run("ip", "tuntap", "add", "dev", "veth-tun", "mode", "tun")  # no Ethernet header
+    host.start("*")
+    assert host.roster.names == ["nic0", "peer0", "peer1", "tap1", "veth1"]  # and not lo
+    assert [name for name in host.roster.names if has_queues(name)] == ["nic0", "peer0", "peer1"]
+    assert all(filters(name) == 1 for name in host.roster.names)
+    assert host.roster.status()["tag_only"] == 2
+    host.stop()
+    host.start("veth1")  # named in full: queues; and nothing else is configured any more
+    assert host.roster.names == ["veth1"]
+    assert has_queues("veth1")
+    for name in ("nic0", "peer0", "peer1", "tap1"):
+        assert (filters(name), has_queues(name)) == (0, False)
+
+
+def test_one_that_cannot_be_scheduled_is_told_once_and_tried_again(host, caplog, monkeypatch):
+    host.start("nic*")
+    add("nic0", "other")
+    run("tc", "qdisc", "add", "dev", "nic0", "ingress")
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            host.follow()
+            time.sleep(0.01)
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("nic0")]
+    assert len(told) == 1
+    assert "ingress qdisc where clsact has to go" in told[0]
+    assert list(host.roster.status()["refused"]) == ["nic0"]
+    assert host.noted() == {}
+    run("tc", "qdisc", "del", "dev", "nic0", "ingress")
+    now = time.monotonic()
+    monkeypatch.setattr("hostagent.roster.time.monotonic", lambda: now + 31)
+    host.roster.step()
+    assert host.roster.names == ["nic0"]
+    assert host.roster.status()["refused"] == {}
+
+
+def test_a_filter_that_somebody_took_away_comes_back(host):
+    for number in range(3):
+        add(f"nic{number}", f"other{number}")
+    host.start("nic*")
+    run("tc", "qdisc", "del", "dev", "nic1", "clsact")
+    assert filters("nic1") == 0
+    for _ in range(3):
+        host.roster.look_after_one()
+    assert filters("nic1") == 1
+
+
+def test_lost_events_are_made_up_for(host):
+    """The socket's buffer overflows; afterwards all is as if it had not."""
+    for number in range(4):
+        add(f"nic{number}", f"other{number}")
+    host.start("nic*")
+    host.roster.watch._socket.setsockopt(1, 8, 4096)  # SOL_SOCKET, SO_RCVBUF
+    for number in range(4):
+        run("ip", "link", "set", f"nic{number}", "mtu", "1400")
+    run("ip", "link", "del", "nic1")
+    add("nic1", "other1")
+    add("nic7", "other7")
+    run("tc", "qdisc", "del", "dev", "nic0", "clsact")
+    assert host.roster.watch.links[1].name == "lo"
+    host.follow()
+    for _ in range(8):
+        host.roster.look_after_one()
+    assert host.roster.names == ["nic0", "nic1", "nic2", "nic3", "nic7"]
+    assert [filters(name) for name in host.roster.names] == [1] * 5
+
+
+def test_the_watch_overflows_and_says_so(host):
+    host.config = load(AgentConfig, None, {"host.run_dir": str(host.run_dir)}, {})
+    watch = LinkWatch()
+    try:
+        watch._socket.setsockopt(1, 8, 2048)
+        add("nic0", "other")
+        for mtu in range(1000, 1040):
+            run("ip", "link", "set", "nic0", "mtu", str(mtu))
+        run("ip", "link", "del", "nic0")
+        add("nic5", "other")
+        watch.read()
+        assert watch.resynced()
+        assert not watch.resynced()
+        assert sorted(nic.name for nic in watch.links.values()) == ["lo", "nic5", "other"]
+    finally:
+        watch.close()
+
+
+def test_a_bridge_and_its_port(host):
+    """A port that leaves its bridge is told of by the same messages as a link that goes away."""
+    add("nic0", "other")
+    run("ip", "link", "add", "br0", "type", "bridge")
+    host.start("nic0")
+    run("ip", "link", "set", "nic0", "master", "br0")
+    run("ip", "link", "set", "nic0", "nomaster")
+    host.follow()
+    assert host.roster.names == ["nic0"]
+    assert filters("nic0") == 1
+
+
+def many(number: int, verb: str) -> None:
+    lines = [f"link {verb} veth{i}" + (f" type veth peer name p{i}" if verb == "add" else "") for i in range(number)]
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("number", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_at_once(host, caplog, number):
+    host.start("veth*")
+    with caplog.at_level(logging.INFO):
+        many(number, "add")
+        begin = time.monotonic()
+        rounds = host.follow()
+        took_s = time.monotonic() - begin
+        assert len(host.roster.names) == number
+        assert len(host.noted()) == number
+        many(number, "del")
+        begin = time.monotonic()
+        host.follow()
+        gone_s = time.monotonic() - begin
+    assert (host.roster.names, host.noted()) == ([], {})
+    lines = [r for r in caplog.records if "veth" in r.getMessage()]
+    print(f"{number} interfaces: {took_s:.2f} s in {rounds} rounds, gone in {gone_s:.2f} s, {len(lines)} lines")
+    assert rounds >= number // 100
+    assert len(lines) <= 10 + 2 * took_s
+
+
+def test_the_running_agent_follows(host, tmp_path):
+    """The whole of it: events reach the loop, and `status` and the log tell."""
+    host.config = load(
+        AgentConfig, None, {"host.run_dir": str(host.run_dir), "datapath.pin_dir": str(host.pins / "fabricpilot")}, {}
+    )
+    options = [
+        "--pin-dir",
+        str(host.pins / "fabricpilot"),
+        "--set",
+        f"host.run_dir={host.run_dir}",
+        "--link-rate",
+        "1Gbit",
+    ]
+    options += ["-i", "nic*", "-i", "tap*"]
+
+    def status() -> dict:
+        said = subprocess.run([FABRICPILOT, "agent", "status", *options[:4], "--json"], capture_output=True, timeout=60)
+        return json.loads(said.stdout)
+
+    def wait_for(names: list[str]) -> dict:
+        deadline = time.monotonic() + 20
+        while (said := status()).get("datapath", {}).get("interfaces") != names or said["agent"] != "running":
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        return said
+
+    log = (tmp_path / "agent.log").open("w+")
+    agent = subprocess.Popen([FABRICPILOT, "agent", "run", *options], stderr=log)
+    try:
+        wait_for([])
+        add("nic0", "other")
+        run("ip", "tuntap", "add", "dev", "tap0", "mode", "tap")
+        said = wait_for(["nic0", "tap0"])
+        assert said["interfaces"]["scheduled"] == 2
+        assert said["interfaces"]["tag_only"] == 1
+        assert list(said["queues"]) == ["nic0"]
+        assert has_queues("nic0")
+        # Another agent, with a run_dir of its own and these pins, is refused in one line; so is a second one here.
+        for run_dir in (tmp_path / "second", host.run_dir):
+            again = [*options[:2], "--set", f"host.run_dir={run_dir}", *options[4:]]
+            for command in ("run", "detach") if run_dir != host.run_dir else ("run",):
+                extra = again if command == "run" else [*again[:4], *again[6:]]
+                second = subprocess.run(
+                    [FABRICPILOT, "agent", command, *extra], capture_output=True, text=True, timeout=60
+                )
+                assert second.returncode == 2, second.stderr
+                assert len(second.stderr.splitlines()) == 1, second.stderr
+                assert "at work" in second.stderr or "runs already" in second.stderr
+        assert filters("nic0") == 1
+        run("ip", "link", "del", "nic0")
+        wait_for(["tap0"])
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(timeout=20) == 0
+    finally:
+        agent.kill()
+        agent.wait()
+    log.seek(0)
+    told = [line.partition("hostagent.roster: ")[2].strip() for line in log if "hostagent.roster" in line]
+    assert [line for line in told if line == "tap0 attached, tag only"]
+    assert [line for line in told if line.startswith("nic0 attached, queues ")]
+    assert "nic0 is gone" in told

@@ -1,0 +1,289 @@
+"""Another version of the program takes over while packets pass: what can be kept is kept, and none leaves untagged."""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datapath_kit import bpf_file_system, bpf_objects, build_frame, flow_key, in_netns, run, start_agent
+from pyroute2 import IPRoute
+
+from fabricpilot.errors import KernelError
+from fabricpilot.levels import Thresholds
+from hostagent.datapath import bpf_syscall as bpf
+from hostagent.datapath import ebpf, layout, source, upgrade
+from hostagent.datapath.base import Settings
+from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.layout import SETTINGS_DTYPE
+
+SETTINGS = Settings(Thresholds((10**9, 2 * 10**9, 3 * 10**9)), (32, 24, 16, 8), (11, 12, 13, 14))
+DSCP = 32 << 2  # of level 0, where all packets are
+
+# What the next version has changed in ebpf/.
+CODE = ("egress.c", "\tint reason;\n", "\tint reason;\n\tvolatile int another_version = 1; (void)another_version;\n")
+COUNTERS = ("counters.h", "struct counters {", "struct counters {\n\t__u64 another;")
+FLOWS = ("flow.h", "struct flow_state {", "struct flow_state {\n\t__u64 another;")
+SLOTS = ("level.h", "\n};\n\n/* Key: slot", "\n\t__u64 another;\n};\n\n/* Key: slot")
+
+
+@pytest.fixture
+def host(make_netns, tmp_path):
+    """Where pins go, in a namespace with nic0 -- nic1, nic0 scheduled by this version, and the way to the next."""
+    name = make_netns("host")
+    with bpf_file_system(tmp_path / "bpf") as root, in_netns(name):
+        run("ip", "link", "add", "nic0", "type", "veth", "peer", "name", "nic1")
+        run("ip", "addr", "add", "10.9.1.1/24", "dev", "nic0")
+        for nic in ("nic0", "nic1"):
+            run("ip", "link", "set", nic, "up")
+        run("ip", "neigh", "add", "10.9.1.2", "lladdr", "02:00:00:00:00:02", "dev", "nic0")
+        made = Host(root / "fabricpilot", tmp_path)
+        yield made
+        made.close()
+
+
+class Host:
+    def __init__(self, pin_dir: Path, directory: Path):
+        self.pin_dir, self.directory = pin_dir, directory
+        self.first = EbpfDatapath(pin_dir, 4096)
+        self.first.attach("nic0")
+        self.first.apply(SETTINGS)
+
+    def change(self, monkeypatch, *changes: tuple[str, str, str]) -> None:
+        """From here on this process, and the loader it starts, is of another version."""
+        changed = self.directory / "ebpf"
+        shutil.copytree(source.EBPF_DIR, changed)
+        for name, before, after in changes:
+            text = (changed / name).read_text()
+            assert before in text
+            (changed / name).write_text(text.replace(before, after, 1))
+        for function in (source.program_source, source.map_layouts):
+            monkeypatch.setattr(function, "__defaults__", (changed, *function.__defaults__[1:]))
+        (self.directory / "sitecustomize.py").write_text(
+            "import hostagent.datapath.source as s\nfrom pathlib import Path\n"
+            f"s.program_source.__defaults__ = (Path({str(changed)!r}), *s.program_source.__defaults__[1:])\n"
+        )
+        monkeypatch.syspath_prepend(str(self.directory))
+
+        if SLOTS in changes:
+            wider = np.dtype([*SETTINGS_DTYPE.descr, ("another", "<u8")])
+            for module in (ebpf, layout):
+                monkeypatch.setattr(module, "SETTINGS_DTYPE", wider)
+
+    def send(self, payload_bytes: int, **flags: bool) -> None:
+        """A packet of one flow through the pinned program."""
+        program = bpf.obj_get(self.pin_dir / "egress")
+        bpf.prog_test_run(program, build_frame(flow_key(), payload_bytes, **flags))
+        os.close(program)
+
+    def close(self) -> None:
+        self.first.close()
+        leftover = EbpfDatapath(self.pin_dir, 4096)
+        leftover.detach()
+        leftover.close()
+
+
+class Packets(threading.Thread):
+    """A stream of small datagrams out of nic0, and the traffic class of each that arrives at nic1."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        so_rcvbufforce = 33
+        self.tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+        self.tap.bind(("nic1", 0x0800))
+        self.tap.setsockopt(socket.SOL_SOCKET, so_rcvbufforce, 256 << 20)
+        self.tap.settimeout(0.3)
+        self.sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sender.connect(("10.9.1.2", 9))
+        self.sent = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            self.sender.send(b"x")
+            self.sent += 1
+            time.sleep(0.0005)
+
+    def stop(self) -> list[int]:
+        self.over.set()
+        self.join()
+        seen = []
+        while True:
+            try:
+                frame = self.tap.recv(2048)
+            except TimeoutError:
+                break
+            if frame[23] == 17:
+                seen.append(frame[15])
+        self.sender.close()
+        self.tap.close()
+        return seen
+
+
+def filters() -> int:
+    return run("tc", "filter", "show", "dev", "nic0", "egress").count("fabricpilot:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ((CODE,), {"flows", "counters", "settings"}),
+        ((COUNTERS,), {"flows", "settings"}),
+        ((FLOWS,), {"settings"}),
+        ((SLOTS,), {"flows", "counters"}),
+    ],
+    ids=["code", "counters", "flows", "settings"],
+)
+def test_another_version_takes_over_under_traffic(host, monkeypatch, changes, kept):
+    packets = Packets()
+    packets.start()
+    while not packets.sent:
+        time.sleep(0.01)
+    host.send(0, syn=True)
+    host.send(1500)
+    flows_before = len(host.first.flows())
+    counters_before = host.first.counters()
+    assert flows_before == 2
+    host.change(monkeypatch, *changes)
+
+    monkeypatch.setattr("hostagent.datapath.ebpf._READ", {})  # this process's dtypes are those of the first version
+    second = EbpfDatapath(host.pin_dir, 4096)
+    assert second.adopted == (changes == (CODE,))
+    assert second.attached() == ["nic0"]
+    second.apply(SETTINGS)
+    second.attach("nic0")
+    assert second.attached() == ["nic0"]
+    assert filters() == 1
+    time.sleep(0.2)
+    seen = packets.stop()
+    assert len(seen) >= packets.sent
+    assert set(seen) == {DSCP}  # every single one
+
+    entries = bpf.lookup_all(
+        second.map_fd("flows"),
+        np.dtype([("raw", "u1", 40)]),
+        np.dtype([("raw", "u1", bpf.map_sizes(second.map_fd("flows"))[1])]),
+        16,
+    )[0]
+    identity = second._pins.identity()[0]
+    assert (len(entries) == 2) == ("flows" in kept)
+    assert (int(identity["upgrades"]), int(identity["fresh_starts"])) == (1, 0 if "flows" in kept else 1)
+    if changes == (CODE,):
+        after = second.counters()
+        assert after["packets_level_0"] >= counters_before["packets_level_0"]
+        assert after["flows_inserted"] == 2
+        assert 1500 in second.flows().states["attained_bytes"]
+        assert second.counters()["flows_evicted"] == 0
+    if changes == (COUNTERS,):
+        assert int(identity["flows_carried"]) == 2
+    second.close()
+
+
+def test_new_settings_are_in_force_from_the_new_programs_first_packet_on(host, monkeypatch):
+    """The old settings cannot be kept; `apply` comes first, so the filters are turned over with the new ones there."""
+    host.change(monkeypatch, SLOTS)
+    seen = []
+    monkeypatch.setattr("hostagent.datapath.ebpf._READ", {})
+    turned = upgrade.turn_over
+
+    def watched(ipr, owner, nics, before, after):
+        active, slot = np.zeros(1, np.uint32), np.zeros(bpf.map_sizes(after.maps["slots"])[1], np.uint8)
+        bpf.lookup(after.maps["active"], np.zeros(1, np.uint32), active)
+        bpf.lookup(after.maps["slots"], active, slot)
+        seen.append((filters(), bool(slot.any())))
+        turned(ipr, owner, nics, before, after)
+
+    monkeypatch.setattr(upgrade, "turn_over", watched)
+    second = EbpfDatapath(host.pin_dir, 4096)
+    second.apply(SETTINGS)
+    assert seen == [(1, True)]
+    second.close()
+
+
+def test_a_nic_that_cannot_be_turned_over_leaves_all_with_the_old_program(host, monkeypatch):
+    run("ip", "link", "add", "nic2", "type", "veth", "peer", "name", "nic3")
+    host.first.attach("nic2")
+    before = run("tc", "filter", "show", "dev", "nic0", "egress"), run("tc", "filter", "show", "dev", "nic2", "egress")
+    host.change(monkeypatch, CODE)
+    second = EbpfDatapath(host.pin_dir, 4096)
+    set_filter, set_to = upgrade.tc_filter.set_filter, []
+
+    def refuse_the_second(ipr, nic, *rest):
+        set_to.append(nic.name)
+        if len(set_to) == 2:
+            raise KernelError("refused")
+        set_filter(ipr, nic, *rest)
+
+    monkeypatch.setattr(upgrade.tc_filter, "set_filter", refuse_the_second)
+    with pytest.raises(KernelError, match="refused"):
+        second.apply(SETTINGS)
+    assert len(set_to) == 3  # the first one twice: there and back
+    assert before == tuple(run("tc", "filter", "show", "dev", nic, "egress") for nic in ("nic0", "nic2"))
+    assert not host.pin_dir.with_name("fabricpilot-new").exists()
+    monkeypatch.setattr(upgrade.tc_filter, "set_filter", set_filter)
+    second.apply(SETTINGS)
+    assert second.attached() == ["nic0", "nic2"]
+    second.close()
+
+
+def test_a_set_of_before_there_were_layouts_is_replaced_afresh(host):
+    """Its identity is shorter, too; what it says of interfaces is still true."""
+    objects = bpf_objects(host.pin_dir)
+    (host.pin_dir / "layouts").unlink()
+    short = bpf.map_create(bpf.MAP_TYPE_ARRAY, 4, 56, 1, "identity")
+    bpf.update(short, np.zeros(1, np.uint32), host.first._pins.identity().view(np.uint8)[:56].copy())
+    (host.pin_dir / "identity").unlink()
+    bpf.obj_pin(short, host.pin_dir / "identity")
+    os.close(short)
+    second = EbpfDatapath(host.pin_dir, 8192)
+    assert not second.adopted
+    assert (second.settings(), second.counters(), len(second.flows())) == (None, {}, 0)
+    assert second.attached() == ["nic0"]
+    second.apply(SETTINGS)
+    assert second.attached() == ["nic0"]
+    assert second.counters()["fresh_starts"] == 1
+    assert not objects & bpf_objects(host.pin_dir) - {("map", int(bpf._info(second._pins.maps["interfaces"])[1]))}
+    second.detach()
+    assert "clsact" not in run("tc", "qdisc", "show", "dev", "nic0")
+    second.close()
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from fabricpilot.errors import UsageError
+from hostagent.datapath.ebpf import EbpfDatapath
+datapath = EbpfDatapath(Path(sys.argv[1]), 4096)
+for what in (datapath.claim, datapath.detach):
+    try:
+        what()
+        print("done", flush=True)
+    except UsageError as error:
+        print(error, flush=True)
+"""
+
+
+def test_one_agent_per_data_path(host, monkeypatch):
+    host.first.claim()
+    host.first.claim()
+
+    def another_tries() -> list[str]:
+        said, _ = start_agent(CLAIM, str(host.pin_dir)).communicate(timeout=30)
+        return said.splitlines()
+
+    assert ["an agent is at work on" in line for line in another_tries()] == [True, True]
+    host.change(monkeypatch, CODE)
+    second = EbpfDatapath(host.pin_dir, 4096)
+    host.first.close()
+    second.claim()
+    second.attach("nic0")  # another folder takes the place of the one that was claimed
+    assert ["an agent is at work on" in line for line in another_tries()] == [True, True]
+    assert second.attached() == ["nic0"]
+    with IPRoute() as ipr:
+        assert ipr.link_lookup(ifname="nic0")
+    second.close()
+    assert another_tries() == ["done", "done"]
+    assert filters() == 0
