@@ -186,14 +186,11 @@ class FakeDatapath:
         flow["packets"] += packet.segments
         if packet.payload_bytes == 0:
             return 0
-        repeated = packet.repeated and packet.tcp
-        self._after_silence(flow, now_ns, repeated)
+        self._after_silence(flow, now_ns, packet.repeated and packet.tcp)
         flow["last_data_ns"] = now_ns
         attained_bytes = int(flow["attained_bytes"])
         flow["attained_bytes"] += packet.payload_bytes
         flow["level"] = level = self._level(attained_bytes, known=bool(int(flow["flags"]) & FLAG_SAW_MESSAGE))
-        if repeated and self._settings is not None and level < self._settings.thresholds.levels - 1:
-            return 0
         if int(flow["flags"]) & FLAG_TURN:
             if attained_bytes < flow["turn_ends_bytes"]:
                 return 0

@@ -6,7 +6,7 @@ each level, and which thresholds were in force at which time:
 - `attained`: the level of the payload bytes sent before this packet, retransmissions included. `written`: that of the
   bytes written by then, of which the packets say only that they are no fewer than were sent and no more than the flow
   has in all; so every level in between is right.
-- Packets without payload, and retransmissions of a flow that is not on the last level, are at the top.
+- Packets without payload are at the top.
 - A flow that was silent for long may have a turn at the top.
 
 One connection is taken for one message.
@@ -75,7 +75,6 @@ _STARVED_NS = 500_000_000
 _TURN_BYTES = 65_536
 
 _SHOWN_WRONG = 10
-_SEQUENCES = 1 << 32
 _ID_HALF, _ID_ALL = 1 << 15, 1 << 16  # IP identification has 16 bits
 
 
@@ -127,19 +126,17 @@ def _check_flow(
 ) -> None:
     in_all_bytes = _size_bytes(flow) if written else None
     attained_bytes = turn_until_bytes = last_payload_ns = 0
-    highest: int | None = None
     whole = True
     for packet, follows in _as_sent(flow):
         whole = whole and follows
         if packet.payload_bytes and not whole:
             continue  # something before it is missing: how much its flow had sent is not known
-        repeated, highest = _repeated(packet, highest)
         if packet.payload_bytes:
             if last_payload_ns and packet.time_ns - last_payload_ns >= _STARVED_NS:
                 turn_until_bytes = attained_bytes + _TURN_BYTES
             last_payload_ns = packet.time_ns
         most_bytes = attained_bytes if in_all_bytes is None else max(attained_bytes, in_all_bytes - 1)
-        demanded = _demanded(packet, (attained_bytes, most_bytes), repeated, known, dscp)
+        demanded = _demanded(packet, (attained_bytes, most_bytes), known, dscp)
         if demanded and attained_bytes < turn_until_bytes:
             demanded.add(dscp[0])
         attained_bytes += packet.payload_bytes
@@ -162,21 +159,9 @@ def _size_bytes(flow: list[SeenPacket]) -> int:
     return sum(packet.payload_bytes for packet in flow)
 
 
-def _repeated(packet: SeenPacket, highest: int | None) -> tuple[bool, int | None]:
-    """Whether all of a packet's payload was sent before, and the sequence number behind all that was sent."""
-    if packet.sequence is None:
-        return False, highest
-    end = (packet.sequence + packet.payload_bytes + packet.syn) % _SEQUENCES
-    if highest is None:
-        return False, end
-    ahead = (end - highest + _SEQUENCES // 2) % _SEQUENCES - _SEQUENCES // 2
-    return packet.payload_bytes > 0 and ahead <= 0, end if ahead > 0 else highest
-
-
 def _demanded(
     packet: SeenPacket,
     rank_bytes: tuple[int, int],
-    repeated: bool,
     known: Sequence[InForce],
     dscp: Sequence[int],
 ) -> set[int]:
@@ -188,12 +173,7 @@ def _demanded(
         until_ns = known[number + 1].latest_ns if number + 1 < len(known) else packet.time_ns
         if vector.earliest_ns <= packet.time_ns <= until_ns:
             lowest, highest = (vector.thresholds.level_of(rank) for rank in rank_bytes)
-            levels = set(range(lowest, highest + 1))
-            if repeated:  # the top, unless the flow is on the last level
-                levels = {0} | (levels & {vector.thresholds.levels - 1})
-                if lowest == vector.thresholds.levels - 1:
-                    levels = {lowest}
-            right |= {dscp[level] for level in levels}
+            right |= {dscp[level] for level in range(lowest, highest + 1)}
     return right
 
 

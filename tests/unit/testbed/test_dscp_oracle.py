@@ -195,24 +195,6 @@ def with_sequences(packets: list[SeenPacket]) -> list[SeenPacket]:
     return told
 
 
-def again(packets: list[SeenPacket], number: int, dscp: int) -> list[SeenPacket]:
-    """Packet `number` is sent once more, behind all others."""
-    last_id = packets[-1].ip_id or 0
-    return [*packets, packets[number]._replace(ip_id=last_id + 1, dscp=dscp, time_ns=packets[-1].time_ns + 10)]
-
-
-def test_retransmissions_of_a_short_flow_are_at_the_top() -> None:
-    packets = with_sequences(sent([MSS] * 10))
-    assert judged(again(packets, 3, 32)).wrong == []
-    assert len(judged(again(packets, 3, 16)).wrong) == 1
-
-
-def test_retransmissions_of_a_long_flow_stay_on_the_last_level() -> None:
-    packets = with_sequences(sent([MSS] * 60))
-    assert judged(again(packets, 3, 8)).wrong == []
-    assert len(judged(again(packets, 3, 32)).wrong) == 1
-
-
 def test_by_bytes_written_a_level_lies_between_what_was_sent_and_what_there_is() -> None:
     packets = with_sequences(sent([MSS] * 10))  # 14,480 bytes: the third level when all is written
     for dscp in (32, 24, 16):
