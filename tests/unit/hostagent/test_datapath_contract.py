@@ -20,6 +20,7 @@ from fabricpilot.levels import Thresholds
 from hostagent.datapath.base import (
     FLAG_ENDED,
     FLAG_SAW_START,
+    FLAG_TURN,
     FLOW_KEY_DTYPE,
     FLOW_STATE_DTYPE,
     Datapath,
@@ -351,16 +352,25 @@ def test_a_starved_flow_gets_a_bounded_turn(sender):
 
 @owns_its_table
 def test_starved_flows_do_not_come_back_at_once(sender):
-    """Each waits one to two times as long, drawn from when it was first seen: after 1.5 times about half are back."""
-    rule = MessageRule(blind_gap_ns=10**12, starved_ns=1_000_000_000, turn_bytes=3000)
+    """Each waits one to two times as long, drawn from when it was first seen."""
+    wait_ns, step_ns = 400_000_000, 400_000_000 >> 8
+    rule = MessageRule(blind_gap_ns=10**12, starved_ns=wait_ns, turn_bytes=3000)
     sender.datapath.apply(replace(SETTINGS, messages=rule))
-    keys = [flow_key(source_port=port) for port in range(1000, 1200)]
+    keys = [flow_key(source_port=port) for port in range(1000, 1040)]
     for key in keys:
         sender.send(key, 100)
-    time.sleep(1.5)
-    for key in keys:
+    before = [state_of(sender.datapath, key) for key in keys]
+    time.sleep(0.5)
+    draws = set()
+    for key, first in zip(keys, before, strict=True):
         sender.send(key, 100)
-    assert 20 < sender.datapath.counters()["turns"] < 195
+        state = state_of(sender.datapath, key)
+        draw = int(first["first_seen_ns"]) >> 10 & 0xFF
+        silent_ns = int(state["last_data_ns"]) - int(first["last_data_ns"])
+        if abs(silent_ns - wait_ns - step_ns * draw) > 2e6:  # the fake reads its clock twice
+            assert bool(int(state["flags"]) & FLAG_TURN) == (silent_ns >= wait_ns + step_ns * draw)
+        draws.add(draw)
+    assert len(draws) > 20
 
 
 def test_counters_have_fixed_names(sender):
