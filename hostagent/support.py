@@ -144,7 +144,7 @@ def _bcc() -> Finding:
 
 def _btf() -> Finding:
     there = Path("/sys/kernel/btf/vmlinux").exists()
-    why = "" if there else "kernel built without CONFIG_DEBUG_INFO_BTF; nothing needs it yet"
+    why = "" if there else "kernel built without CONFIG_DEBUG_INFO_BTF: levels follow bytes sent, not bytes written"
     return Finding("btf", "BTF of the running kernel", there, False, why)
 
 
