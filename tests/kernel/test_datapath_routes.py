@@ -20,6 +20,10 @@ from hostagent.datapath.base import Settings
 from hostagent.datapath.ebpf import EbpfDatapath
 from hostagent.flow_control import FlowControl, check
 
+# Minutes of real transfers over up to four paths, with pauses that a busy machine stretches; by default routes are
+# tested by test_agent_flow_control.py.
+pytestmark = pytest.mark.slow
+
 PORT = 5001
 SETTINGS = Settings(Thresholds((50_000, 500_000, 2_000_000)), (32, 24, 16, 8), (1, 2, 3, 4))
 ME = {4: "10.70.0.1", 6: "fd70::1"}  # on lo of the sender: replies find it by any path
