@@ -1,6 +1,5 @@
 """`fabricpilot central ...`: the commands of the daemon on the controller."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ import click
 
 from fabricpilot.config import CentralConfig
 from fabricpilot.errors import FabricpilotError, UsageError
-from fabricpilot.options import config_options, json_option, load_config, print_json
+from fabricpilot.options import config_options, json_option, load_config, print_json, start_logging
 
 DEFAULT_CONFIG = "/etc/fabricpilot/central.toml"
 
@@ -54,7 +53,7 @@ def run(config_path: Path | None, settings: tuple[str, ...], **flags: Any) -> No
     Hosts go on with their last policy while central is away, and rejoin by themselves.
     """
     config = _config(config_path, settings, flags)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     from contextlib import closing
 
     from central.daemon import Central

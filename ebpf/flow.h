@@ -6,7 +6,7 @@
  *   socket, that of the bytes written so far (backlog.h).
  * - SYN, pure ACK, FIN and RST without payload travel at the top: they are small and others wait for them.
  *   Retransmissions are ranked like any other packet: at the top they answered every spurious timeout of a starved
- *   flow with traffic ahead of everybody's (in the testbed, three times the retransmissions and the mean of all flows
+ *   flow with traffic ahead of everybody's (in the testbed, over twice the retransmissions and the mean of all flows
  *   up by half).
  * - Only a SYN or payload inserts. A pure ACK or RST never does, so an entry that user space has forgotten after
  *   the flow's end does not come back as a flow of unknown age.

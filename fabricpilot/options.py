@@ -5,6 +5,7 @@ of overrides for `fabricpilot.config.load`.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,3 +70,8 @@ def load_config(
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
+
+
+def start_logging() -> None:
+    """Log of a daemon to standard error, one line per change."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

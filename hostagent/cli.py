@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import click
 
 from fabricpilot.config import AgentConfig
 from fabricpilot.errors import FabricpilotError, KernelError
-from fabricpilot.options import config_options, json_option, load_config, print_json
+from fabricpilot.options import config_options, json_option, load_config, print_json, start_logging
 
 DEFAULT_CONFIG = "/etc/fabricpilot/agent.toml"
 
@@ -66,7 +67,7 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
     Ctrl-C and SIGTERM leave the data path tagging, unless --detach-on-exit is given.
     """
     config = _config(config_path, settings, flags)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     _need_root(config)
     from pyroute2 import IPRoute
 
@@ -113,14 +114,7 @@ def check(config_path: Path | None, settings: tuple[str, ...], as_json: bool, **
     findings = probe(config.datapath)
     missing = [finding for finding in findings if finding.required and not finding.ok]
     if as_json:
-        print_json(
-            {
-                "can_run": not missing,
-                "findings": [
-                    {"id": f.id, "what": f.what, "ok": f.ok, "required": f.required, "why": f.why} for f in findings
-                ],
-            }
-        )
+        print_json({"can_run": not missing, "findings": [asdict(finding) for finding in findings]})
     else:
         for finding in findings:
             mark = "ok     " if finding.ok else "MISSING" if finding.required else "absent "
@@ -173,9 +167,7 @@ def dump(config_path: Path | None, settings: tuple[str, ...], top: int, as_json:
     order = np.argsort(table.states["attained_bytes"], kind="stable")[::-1][:top]
     flows = [summary(table, row) for row in order]
     if as_json:
-        fields = flows[0].__struct_fields__ if flows else ()
-        listed = [{name: getattr(flow, name) for name in fields} for flow in flows]
-        print_json({"active": len(table), "flows": msgspec.to_builtins(listed)})
+        print_json({"active": len(table), "flows": [msgspec.structs.asdict(flow) for flow in flows]})
         return
     shown = Table(
         "source", "destination", "protocol", "bytes", "ms", "level", title=f"{len(flows)} of {len(table)} flows"

@@ -27,7 +27,6 @@ class SeenPacket(NamedTuple):
     payload_bytes: int
     syn: bool
     dscp: int
-    sequence: int | None = None  # None: not known
     fin: bool = False
 
 
@@ -66,6 +65,5 @@ def read_packets(path: Path) -> Iterator[SeenPacket]:
                 payload_bytes=ip_payload_bytes - tcp.dataofs * 4,
                 syn=bool(tcp.flags.S),
                 dscp=dscp,
-                sequence=tcp.seq,
                 fin=bool(tcp.flags.F),
             )
