@@ -6,18 +6,20 @@ reports, and weighs in its group's estimates within bounds (`windows.py`).
 """
 
 import math
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from central.policy.base import GroupSummary
+from central.outcomes import Experience, experienced, outcome_of
+from central.policy.base import SAMPLE_FLOWS, GroupSummary
 from central.windows import ForgettingWindow, influence, running_counts, size_distribution
 from fabricpilot.config import parse_rate
 from fabricpilot.histogram import BINS, LogHistogram
 from fabricpilot.levels import MAX_LEVELS, MIN_LEVELS, Thresholds
-from fabricpilot.wire import Hello, Report
+from fabricpilot.wire import FlowSummary, Hello, Report
 
 # Reports count payload; a link also carries Ethernet preamble, gap, headers: 1538 bytes for 1448 of payload.
 WIRE_OVERHEAD = 1538 / 1448
@@ -41,6 +43,7 @@ class Host:
     hello: Hello
     seen_s: float
     sizes: ForgettingWindow
+    experience: Experience
     running: dict[int, int] = field(default_factory=dict)  # long flows by attained size, {bin: count}
     lost: bool = False
     reports: int = 0
@@ -71,6 +74,8 @@ class Group:
 
     name: str
     durations: ForgettingWindow
+    sample: deque[FlowSummary] = field(default_factory=lambda: deque(maxlen=SAMPLE_FLOWS))  # finished short flows
+    sampled: int = SAMPLE_FLOWS  # at most so many of one report, so that each host has its part
     in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
     verdict: dict[int, str] = field(default_factory=dict)  # K -> what the last decision said
 
@@ -97,7 +102,7 @@ class Registry:
             return None
         host = self.hosts.get(name)
         if host is None:
-            host = Host(name, peer, hello, now_s, ForgettingWindow(self._window_s))
+            host = Host(name, peer, hello, now_s, ForgettingWindow(self._window_s), Experience(self._window_s))
             self.hosts[name] = host
         host.peer, host.hello, host.seen_s, host.lost, host.epoch = peer, hello, now_s, False, hello.epoch
         if hello.group not in self.groups:
@@ -118,7 +123,10 @@ class Registry:
         host.epoch, host.active, host.long = report.epoch, report.active, report.long
         host.sizes.add(report.sizes, now_s)
         host.running = running_counts([flow.size_bytes for flow in report.long_flows], report.long)
-        self.groups[host.hello.group].durations.add(report.durations, now_s)
+        group = self.groups[host.hello.group]
+        group.durations.add(report.durations, now_s)
+        host.experience.add(experienced(report.finished_sample, self._rate_bps(host)), now_s)
+        self._sample(group, host, report)
         return host
 
     def sweep(self, now_s: float) -> list[Host]:
@@ -151,10 +159,12 @@ class Registry:
             if not host.lost:
                 present[host.hello.group].append(host)
         for name, hosts in sorted(present.items()):
+            group = self.groups[name]
+            group.sampled = max(1, SAMPLE_FLOWS // len(hosts))
             flows, sizes = self._sizes(hosts, now_s)
             load = self.load(hosts)
             for levels in sorted({host.hello.levels for host in hosts}):
-                in_force = self.groups[name].in_force.get(levels)
+                in_force = group.in_force.get(levels)
                 yield GroupSummary(
                     group=name,
                     levels=levels,
@@ -163,6 +173,9 @@ class Registry:
                     load=load,
                     sizes=sizes,
                     thresholds=in_force.thresholds if in_force else None,
+                    link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
+                    outcome=outcome_of([h.experience for h in hosts if h.hello.levels == levels], now_s),
+                    sample=tuple(group.sample),
                 )
 
     def load(self, hosts: list[Host]) -> float:
@@ -181,6 +194,18 @@ class Registry:
             ]
             load = sum(own) / len(own) if own else ASSUMED_LOAD
         return min(max(load, LEAST_LOAD), MOST_LOAD)
+
+    def _rate_bps(self, host: Host) -> float:
+        """Of the narrowest link that the host's flows are known to share; 0: unknown."""
+        known = [rate for rate in (host.hello.link_rate_bps, self._shared_bps) if rate]
+        return min(known, default=0)
+
+    def _sample(self, group: Group, host: Host, report: Report) -> None:
+        """Keep short flows of the report, which were drawn without preference."""
+        in_force = group.in_force.get(host.hello.levels)
+        last_bytes = in_force.thresholds.bytes[-1] if in_force else math.inf
+        short = [flow for flow in report.finished_sample if flow.size_bytes < last_bytes]
+        group.sample.extend(short[: group.sampled])
 
     def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
         """Finished flows in the window, and the distribution of the sizes of all."""
