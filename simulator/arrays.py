@@ -23,13 +23,15 @@ ACTIVE, FREE, NEXT, OUT, EVENTS, PEAK, DUE, USED = range(8)
 class Rule(NamedTuple):
     """How flows are ranked; see `rank`.
 
-    `thresholds` are bytes, float64, shape (hosts, K-1), one row per sending host.
+    `thresholds` are bytes, float64, shape (hosts, K-1), one row per sending host. `queue_bytes` stand in a queue that
+    several flows share.
     """
 
     order: int
     basis: int
     thresholds: Floats
     buffer_bytes: float
+    queue_bytes: float
 
 
 class Arrivals(NamedTuple):
@@ -51,13 +53,18 @@ class Arrivals(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Room for flows that ended; shape (room,). `peers`: most other flows it met in its level when it entered one."""
+    """Room for flows that ended; shape (room,).
+
+    `peers`: most other flows it met in its level when it entered one. `queued`: most bytes that stood before it then;
+    see `rank.standing`.
+    """
 
     flow: Ints
     start: Floats
     size: Floats
     fct: Floats  # of the fluid model, seconds, without latency
     peers: Ints
+    queued: Floats
     host: Ints
     destination: Ints
 
@@ -70,6 +77,7 @@ class Finished(NamedTuple):
             size=np.zeros(flows),
             fct=np.zeros(flows),
             peers=np.zeros(flows, np.int64),
+            queued=np.zeros(flows),
             host=np.zeros(flows, np.int64),
             destination=np.zeros(flows, np.int64),
         )

@@ -245,7 +245,7 @@ class Simulation:
         size, host, destination = out.size[:n].copy(), out.host[:n].copy(), out.destination[:n].copy()
         hosts, rates = self.topology.hosts, self.topology.link_bps
         goodput = self.physics.goodput(1.0) * np.minimum(rates[host], rates[hosts + destination])
-        fct_s = completion_s(self.physics, out.fct[:n], size, out.peers[:n], goodput, self.scheme.queue_bytes)
+        fct_s = completion_s(self.physics, out.fct[:n], size, out.peers[:n], out.queued[:n], goodput)
         alone_s = ideal_s(self.physics, size, goodput)
         return FlowResults(out.flow[:n].copy(), size, out.start[:n].copy(), fct_s, alone_s, host, destination)
 
@@ -273,7 +273,7 @@ def simulate(
 
 def _rule(scheme: Scheme, hosts: int) -> Rule:
     rows = np.repeat(np.array(scheme.thresholds, np.float64).reshape(1, -1), hosts, axis=0)
-    return Rule(scheme.order, scheme.basis, rows, float(scheme.send_buffer_bytes))
+    return Rule(scheme.order, scheme.basis, rows, float(scheme.send_buffer_bytes), float(scheme.queue_bytes))
 
 
 def _on_fabric(scheme: Scheme) -> Scheme:

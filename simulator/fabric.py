@@ -29,7 +29,7 @@ from simulator.arrays import (
     Rule,
 )
 from simulator.compiled import compiled, inner
-from simulator.rank import place
+from simulator.rank import place, standing
 from simulator.sharing import Sharing, join, leave, update
 
 
@@ -47,6 +47,7 @@ class Fabric(NamedTuple):
     synced: Floats
     due: Floats
     start: Floats
+    queued: Floats
     fixed: Ints
     peers: Ints
     host: Ints
@@ -64,7 +65,7 @@ class Fabric(NamedTuple):
     def idle(cls, slots: int) -> "Fabric":
         """No flows, room for `slots`."""
         state = cls._make(
-            [np.zeros(slots) for _ in range(6)]
+            [np.zeros(slots) for _ in range(7)]
             + [np.zeros(slots, np.int64) for _ in range(4)]
             + [np.full(slots, -1, np.int64) for _ in range(2)]
             + [np.zeros(slots, np.int64) for _ in range(2)]
@@ -87,7 +88,7 @@ class Fabric(NamedTuple):
         return self._replace(**per_slot, free=free)
 
 
-_PER_SLOT = Fabric._fields[:15]
+_PER_SLOT = Fabric._fields[:16]
 
 
 @inner
@@ -182,6 +183,19 @@ def _apply_rates(f: Fabric, x: Sharing) -> None:
 
 
 @inner
+def _to_send(f: Fabric, x: Sharing, link: int, level: int, enough: float) -> float:
+    """What the flows of a link and level still have to send together; not counted further once it is `enough`."""
+    hops = x.path.shape[1]
+    total, entry = 0.0, x.head[link, level]
+    while entry >= 0 and total < enough:
+        slot = entry // hops
+        sent = x.rate[slot] * (f.now[0] - f.synced[slot])
+        total += max(f.remaining[slot] - sent, f.boundary[slot])
+        entry = x.next[entry]
+    return total
+
+
+@inner
 def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
     if f.fixed[slot] >= 0:
         level, bound = f.fixed[slot], 0.0
@@ -194,6 +208,10 @@ def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
         link = x.path[slot, hop]
         if link >= 0:
             f.peers[slot] = max(f.peers[slot], x.flows[link, level])
+            most = standing(rule.queue_bytes, x.flows[link, level], np.inf)
+            if most > f.queued[slot]:
+                to_send = _to_send(f, x, link, level, most)
+                f.queued[slot] = max(f.queued[slot], standing(rule.queue_bytes, x.flows[link, level], to_send))
     join(x, slot)
 
 
@@ -227,7 +245,7 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
                 i = c[OUT]
                 out.flow[i], out.start[i], out.size[i] = f.flow[slot], f.start[slot], f.size[slot]
                 out.fct[i], out.peers[i] = due - f.start[slot], f.peers[slot]
-                out.host[i], out.destination[i] = f.host[slot], f.destination[slot]
+                out.queued[i], out.host[i], out.destination[i] = f.queued[slot], f.host[slot], f.destination[slot]
                 c[OUT] += 1
                 f.flow[slot] = -1
                 x.level[slot] = -1
@@ -250,7 +268,7 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
             f.start[slot] = f.synced[slot] = next_arrival
             f.flow[slot] = arrivals.first_flow + i
             f.host[slot], f.destination[slot] = arrivals.host[i], arrivals.destination[i]
-            f.fixed[slot], f.peers[slot] = -1, 0
+            f.fixed[slot], f.peers[slot], f.queued[slot] = -1, 0, 0.0
             x.path[slot] = arrivals.path[i]
             _enter_level(f, x, rule, slot)
         _apply_rates(f, x)

@@ -6,8 +6,8 @@ size and from how many peers it met in its queue (`peers`):
     fct = fluid - newcomer gain + base + queue + slow start
 
 - base: one request over an idle path and both hosts.
-- queue: a queue that several senders share stands at the ECN marking threshold (DCTCP) or at the buffer (drop tail);
-  with one peer half of that, since two flows only sometimes fill it.
+- queue: a queue that several senders share stands at the ECN marking threshold (DCTCP) or at the buffer (drop tail),
+  but holds no more than they have left to send; with one peer half of that, since two flows only sometimes fill it.
 - slow start: a window that starts at `initial_window` segments and grows by `window_growth` per round trip leaves the
   link idle for `rtt + queue - window` in every round until it covers that round trip.
 - newcomer gain: among many peers a new flow's first windows are larger than a fair share. It gets at least one part in
@@ -57,56 +57,64 @@ class Physics:
         return rate_bps / 8 * self.segment_bytes / self.wire_bytes
 
 
+_ROUNDING = 1e-9  # a window that ends a flow exactly is its last, whatever the logarithm's last digit says
+
 # The fluid alone: no headers, no latency, no queues, no transport.
 IDEAL = Physics(segment_bytes=1, wire_bytes=1, base_latency_s=0.0, rtt_s=0.0, standing_queue=0.0, newcomer_bytes=0.0)
 
 
 def completion_s(
-    physics: Physics, fluid_s: Floats, size_bytes: Floats, peers: Ints, goodput: Floats | float, queue_bytes: float
+    physics: Physics,
+    fluid_s: Floats,
+    size_bytes: Floats,
+    peers: Ints,
+    queued_bytes: Floats,
+    goodput: Floats | float,
 ) -> Floats:
-    """Completion times from the fluid's.
+    """Completion times from the fluid's, all arrays of shape (n,).
 
     Args:
         physics: the constants.
-        fluid_s: time in the fluid model, seconds, shape (n,).
-        size_bytes: payload of each flow, shape (n,).
-        peers: most flows that were in its level when it entered one, shape (n,).
-        goodput: payload bytes per second of the narrowest link on the path, one number or shape (n,).
-        queue_bytes: what stands in a queue that several flows share (payload bytes).
+        fluid_s: time in the fluid model, seconds.
+        size_bytes: payload of each flow.
+        peers: most flows that were in its level when it entered one.
+        queued_bytes: most that stood in the queue it entered (payload; `rank.standing`).
+        goodput: payload bytes per second of the narrowest link on the path, also one number for all.
     """
-    queue_s = physics.standing_queue * queue_bytes / goodput * np.minimum(peers / 2, 1.0)
+    queue_s = physics.standing_queue * queued_bytes / goodput
     alone_s = size_bytes / goodput
-    gain_s = np.clip((peers + 1 - physics.newcomer_share) * alone_s, 0.0, physics.newcomer_bytes / goodput)
-    gain_s = np.minimum(gain_s, np.maximum(fluid_s - alone_s, 0.0))
+    gain_s = (peers + 1 - physics.newcomer_share) * alone_s
+    gain_s = np.minimum(np.minimum(gain_s, physics.newcomer_bytes / goodput), fluid_s - alone_s)
     result: Floats = (
-        fluid_s - gain_s + physics.base_latency_s + queue_s + slow_start_s(physics, size_bytes, queue_s, goodput)
+        fluid_s
+        - np.maximum(gain_s, 0.0)
+        + (physics.base_latency_s + queue_s)
+        + slow_start_s(physics, size_bytes, queue_s, goodput)
     )
     return result
 
 
 def slow_start_s(physics: Physics, size_bytes: Floats, queue_s: Floats, goodput: Floats | float) -> Floats:
-    """Seconds the link waits for a flow's window to open, shape (n,)."""
-    idle_s = np.zeros(len(size_bytes))
+    """Seconds the link waits for a flow's window to open, shape (n,).
+
+    After the window number k (from 0, w0 g^k bytes) the link waits max(round trip - w0 g^k / goodput, 0), if it was not
+    the flow's last window: a geometric sum over as many windows as are too small and not the last.
+    """
     round_trip_s = physics.rtt_s + queue_s
-    longest_s = float(round_trip_s.max(initial=0.0))
-    window_bytes = physics.initial_window * physics.segment_bytes
-    sent_bytes = window_bytes
-    largest = float(size_bytes.max(initial=0.0))
-    fastest = float(np.max(goodput, initial=0.0))
-    while sent_bytes < largest and window_bytes / fastest < longest_s:
-        waits = np.maximum(round_trip_s - window_bytes / goodput, 0.0)
-        idle_s += np.where(size_bytes > sent_bytes, waits, 0.0)
-        if physics.window_growth == 1:
-            # The window never opens: every further window waits as long.
-            further = np.maximum(np.ceil(size_bytes / window_bytes) - 2, 0.0)
-            whole: Floats = idle_s + further * waits
-            return whole
-        window_bytes *= physics.window_growth
-        sent_bytes += window_bytes
+    first, growth = physics.initial_window * physics.segment_bytes, physics.window_growth
+    first_s = first / goodput
+    if growth == 1:
+        windows = np.maximum(np.ceil(size_bytes / first) - 1, 0.0)
+        every: Floats = windows * np.maximum(round_trip_s - first_s, 0.0)
+        return every
+    needed = np.log1p(size_bytes * ((growth - 1) / first)) / math.log(growth) - 1
+    small = np.log(np.maximum(round_trip_s / first_s, 1.0)) / math.log(growth)
+    waits = np.maximum(np.ceil(np.minimum(needed, small) - _ROUNDING), 0.0)
+    idle_s: Floats = waits * round_trip_s - first_s * ((growth**waits - 1) / (growth - 1))
     return idle_s
 
 
 def ideal_s(physics: Physics, size_bytes: Floats, goodput: Floats | float) -> Floats:
     """Completion time of a flow alone on its path, the denominator of its slowdown; shape (n,)."""
-    nobody = np.zeros(len(size_bytes), np.int64)
-    return completion_s(physics, size_bytes / goodput, size_bytes, nobody, goodput, 0.0)
+    ideal: Floats = size_bytes / goodput + physics.base_latency_s
+    return ideal + slow_start_s(physics, size_bytes, np.zeros(len(size_bytes)), goodput)

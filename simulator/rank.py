@@ -73,3 +73,14 @@ def place(basis: int, row: Floats, buffer_bytes: float, size: float, remaining: 
             break
         boundary = further
     return level, boundary
+
+
+@inner
+def standing(queue_bytes: float, peers: int, to_send: float) -> float:
+    """Bytes that stand in a level's queue when a flow comes to `peers` others that have `to_send` left together.
+
+    Several senders keep the queue at `queue_bytes`, one of them with a newcomer at half of that, since two flows only
+    sometimes fill it; and nobody queues what he does not have to send.
+    """
+    stands: float = max(min(queue_bytes * min(peers / 2, 1.0), to_send), 0.0)
+    return stands

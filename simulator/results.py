@@ -50,6 +50,19 @@ class FlowResults:
         return FlowResults(*(getattr(self, name)[order] for name in _FIELDS))
 
 
+def p99(values: Floats) -> float:
+    """The 99th percentile, between the two nearest values in proportion; `values` has shape (n,), n at least 1.
+
+    What `numpy.percentile` says, without the 50 us that it takes to prepare (environments ask at every step).
+    """
+    at = 0.99 * (len(values) - 1)
+    low = int(at)
+    high = min(low + 1, len(values) - 1)
+    sorted_there = np.partition(values, (low, high))
+    below, above = float(sorted_there[low]), float(sorted_there[high])
+    return below + (at - low) * (above - below)
+
+
 _FIELDS = tuple(FlowResults.__dataclass_fields__)
 
 

@@ -32,7 +32,7 @@ from simulator.arrays import (
     Rule,
 )
 from simulator.compiled import compiled, inner
-from simulator.rank import place
+from simulator.rank import place, standing
 from simulator.schemes import SHARED, SHORTEST
 
 
@@ -41,8 +41,8 @@ class Star(NamedTuple):
 
     Slots (shape (capacity,)) hold active flows: size, remaining (at the last event that touched the flow), boundary
     (remaining bytes at which the level changes), tag and level (the heap's key), fixed (level of a verdict, or -1),
-    peers, host, destination, flow (number), start. Levels (shape (levels,)): clock and population. The heap and the
-    stack of free slots hold slot numbers.
+    peers, queued, host, destination, flow (number), start. Levels (shape (levels,)): clock, population and owed, the
+    sum of its flows' tags and boundaries. The heap and the stack of free slots hold slot numbers.
     """
 
     size: Floats
@@ -50,6 +50,7 @@ class Star(NamedTuple):
     boundary: Floats
     tag: Floats
     start: Floats
+    queued: Floats
     level: Ints
     fixed: Ints
     peers: Ints
@@ -59,6 +60,7 @@ class Star(NamedTuple):
     heap: Ints
     free: Ints
     clock: Floats
+    owed: Floats
     population: Ints
     now: Floats  # shape (1,)
     counters: Ints
@@ -67,10 +69,10 @@ class Star(NamedTuple):
     def idle(cls, levels: int, capacity: int) -> "Star":
         """An idle link with `levels` levels and room for `capacity` active flows."""
         state = cls._make(
-            [np.zeros(capacity) for _ in range(5)]
+            [np.zeros(capacity) for _ in range(6)]
             + [np.zeros(capacity, np.int64) for _ in range(7)]
             + [np.arange(capacity - 1, -1, -1, dtype=np.int64)]
-            + [np.zeros(levels), np.zeros(levels, np.int64), np.zeros(1), np.zeros(8, np.int64)]
+            + [np.zeros(levels), np.zeros(levels), np.zeros(levels, np.int64), np.zeros(1), np.zeros(8, np.int64)]
         )
         state.counters[FREE] = capacity
         return state
@@ -87,7 +89,7 @@ class Star(NamedTuple):
         return self._replace(**per_slot, free=free)
 
 
-_PER_SLOT = Star._fields[:12]
+_PER_SLOT = Star._fields[:13]
 
 
 @inner
@@ -133,7 +135,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
     """
     size, remaining, boundary, tag = s.size, s.remaining, s.boundary, s.tag
     level, fixed, peers, host = s.level, s.fixed, s.peers, s.host
-    heap, clock, population, counters = s.heap, s.clock, s.population, s.counters
+    heap, clock, owed, population, counters = s.heap, s.clock, s.owed, s.population, s.counters
     order, basis, thresholds, buffer_bytes = rule.order, rule.basis, rule.thresholds, rule.buffer_bytes
     start, arriving, last, room = arrivals.start, arrivals.size, len(arrivals.start), len(out.flow)
     now, n, i, events = s.now[0], counters[ACTIVE], counters[NEXT], counters[EVENTS]
@@ -160,15 +162,20 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
             k = level[slot]
             if order == SHARED:
                 clock[k] = tag[slot]
+                owed[k] -= tag[slot] + boundary[slot]
             now = boundary_at
             remaining[slot] = boundary[slot]
             population[k] -= 1
             if population[k] == 0:
-                clock[k] = 0.0  # nobody refers to it: start afresh, which keeps it precise
+                clock[k] = owed[k] = 0.0  # nobody refers to them: start afresh, which keeps them precise
             if remaining[slot] <= 0.0:
                 out.flow[out_n], out.start[out_n], out.size[out_n] = s.flow[slot], s.start[slot], size[slot]
                 out.fct[out_n], out.peers[out_n] = now - s.start[slot], peers[slot]
-                out.host[out_n], out.destination[out_n] = host[slot], s.destination[slot]
+                out.queued[out_n], out.host[out_n], out.destination[out_n] = (
+                    s.queued[slot],
+                    host[slot],
+                    s.destination[slot],
+                )
                 out_n += 1
                 s.free[free_n] = slot
                 free_n += 1
@@ -196,7 +203,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
             size[slot] = remaining[slot] = arriving[i]
             s.start[slot], s.flow[slot] = now, arrivals.first_flow + i
             host[slot], s.destination[slot] = arrivals.host[i], arrivals.destination[i]
-            fixed[slot], peers[slot] = -1, 0
+            fixed[slot], peers[slot], s.queued[slot] = -1, 0, 0.0
             i += 1
         # The flow in `slot` enters a level.
         if fixed[slot] >= 0:
@@ -206,9 +213,12 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         level[slot], boundary[slot] = k, max(bound, 0.0)
         if order == SHARED:  # one at a time, nobody else's packets stand in the queue
             peers[slot] = max(peers[slot], population[k])
+            to_send = owed[k] - population[k] * clock[k]
+            s.queued[slot] = max(s.queued[slot], standing(rule.queue_bytes, population[k], to_send))
         population[k] += 1
         if order == SHARED:
             tag[slot] = clock[k] + (remaining[slot] - boundary[slot])
+            owed[k] += tag[slot] + boundary[slot]
         elif order == SHORTEST:
             tag[slot] = remaining[slot]
         else:
@@ -255,6 +265,7 @@ def rank_all(s: Star, rule: Rule) -> None:
     """
     n = s.counters[ACTIVE]
     s.clock[:] = 0.0
+    s.owed[:] = 0.0
     s.population[:] = 0
     for i in range(n):
         slot = s.heap[i]
@@ -267,6 +278,7 @@ def rank_all(s: Star, rule: Rule) -> None:
         s.population[k] += 1
         if rule.order == SHARED:
             s.tag[slot] = s.remaining[slot] - s.boundary[slot]
+            s.owed[k] += s.remaining[slot]
         elif rule.order == SHORTEST:
             s.tag[slot] = s.remaining[slot]
         else:

@@ -20,6 +20,7 @@ _FIRST_BIN = 6
 _MAX_SIZE_LOG2 = 30.0  # 1 GiB
 _FCT_DECADES = (-6.0, 2.0)  # 1 us to 100 s
 _MAX_SLOWDOWN_LOG2 = 10.0
+_BUCKET_ENDS = np.array([high for _, high in BUCKETS])
 
 
 def log_size(size_bytes: Floats) -> Floats:
@@ -69,13 +70,17 @@ def compact(results: FlowResults, load: float, thresholds: Floats) -> Features:
     """
     sizes, slowdown = results.size_bytes, results.slowdown
     bins = np.clip(np.log2(np.maximum(sizes, 1.0)).astype(np.int64) - _FIRST_BIN, 0, SIZE_BINS - 1)
-    histogram = np.bincount(bins, minlength=SIZE_BINS) / max(len(sizes), 1)
-    shares, slow, low = [], [], 0.0
-    for _, high in BUCKETS:
-        inside = (sizes > low) & (sizes <= high)
-        shares.append(float(inside.mean()) if len(sizes) else 0.0)
-        slow.append(float(np.log2(slowdown[inside].mean())) / _MAX_SLOWDOWN_LOG2 if inside.any() else 0.0)
-        low = high
-    parts = (histogram, shares, slow, [load], log_size(thresholds))
-    features: Features = np.clip(np.concatenate(parts), 0.0, 1.0).astype(np.float32)
+    bucket = np.searchsorted(_BUCKET_ENDS, sizes)
+    flows = np.bincount(bucket, minlength=len(BUCKETS))
+    total = np.bincount(bucket, slowdown, minlength=len(BUCKETS))
+    slow = np.log2(np.where(flows > 0, total, 1.0) / np.maximum(flows, 1)) / _MAX_SLOWDOWN_LOG2
+    everything = max(len(sizes), 1)
+    parts = (
+        np.bincount(bins, minlength=SIZE_BINS) / everything,
+        flows / everything,
+        slow,
+        [load],
+        log_size(thresholds),
+    )
+    features: Features = np.concatenate(parts).clip(0.0, 1.0).astype(np.float32)
     return features

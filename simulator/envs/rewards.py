@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from simulator.arrays import Floats
-from simulator.results import FlowResults
+from simulator.results import FlowResults, p99
 
 
 def ratio(before: float, now: float, cap: float) -> float:
@@ -32,7 +32,7 @@ def mean_slowdown(results: FlowResults) -> float:
 
 def p99_slowdown(results: FlowResults) -> float:
     """Minus the log of the 99th percentile of slowdown; 0 at best."""
-    return -float(np.log(np.percentile(results.slowdown, 99))) if len(results) else 0.0
+    return -float(np.log(p99(results.slowdown))) if len(results) else 0.0
 
 
 def throughput(size_bytes: Floats, fct_s: Floats) -> float:

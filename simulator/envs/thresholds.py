@@ -12,7 +12,7 @@ from simulator.arrays import Floats
 from simulator.engine import Simulation
 from simulator.envs import rewards
 from simulator.envs.observations import PAPER_FEATURES, PAPER_FLOWS, Features, compact, compact_length, paper
-from simulator.results import FlowResults
+from simulator.results import FlowResults, p99
 from simulator.schemes import scheme
 from simulator.topology import star
 from simulator.workloads.arrivals import mean_gap_s, poisson
@@ -174,6 +174,6 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
         info: dict[str, Any] = {"flows": len(results), "thresholds": self._thresholds.bytes}
         if len(results):
             info["mean_fct_us"] = float(results.fct_s.mean()) * 1e6
-            info["p99_fct_us"] = float(np.percentile(results.fct_s, 99)) * 1e6
+            info["p99_fct_us"] = p99(results.fct_s) * 1e6
             info["mean_slowdown"] = float(results.slowdown.mean())
         return info

@@ -9,7 +9,7 @@ follow that one reading. The bundled tables lie in `tables/`, one TOML file each
 import math
 import tomllib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -106,7 +106,7 @@ class SizeDistribution:
         cumulative = np.concatenate(([0.0], np.cumsum(histogram.counts[first : last + 1]) / histogram.total))
         return cls(name, bin_edges()[first : last + 2], cumulative, "histogram of reported flows")
 
-    @property
+    @cached_property
     def mean_bytes(self) -> float:
         """Mean flow size: atoms at their size, the middle of each linear piece otherwise."""
         middles = (self.sizes_bytes[1:] + self.sizes_bytes[:-1]) / 2

@@ -5,10 +5,12 @@ import pytest
 
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
+from simulator.engine import Simulation
 from simulator.physics import IDEAL, Physics, completion_s, ideal_s, slow_start_s
 from simulator.schemes import NAMES, Scheme, equal_split, scheme
 from simulator.topology import leaf_spine, star
 from simulator.workloads.distribution import SizeDistribution
+from simulator.workloads.trace import Trace
 
 WEB = SizeDistribution.load("websearch_dctcp_bytes_trafficgenerator")
 
@@ -40,25 +42,44 @@ def test_schemes_take_what_they_are_given() -> None:
 def test_a_flow_alone_waits_for_its_window() -> None:
     physics, goodput = Physics(), Physics().goodput(1e9)
     sizes = np.array([1000.0, 5000.0, 30_000.0, 1e6, 1e7])
-    waits = slow_start_s(physics, sizes, np.zeros(5), goodput)
-    assert waits[0] == 0
-    assert waits[1] == pytest.approx(physics.rtt_s - 3 * 1448 / goodput)
-    assert (np.diff(waits) >= 0).all()
-    assert waits[-1] == waits[-2]  # the window has opened
+
+    def waits(constants: Physics) -> np.ndarray:
+        found = ideal_s(constants, sizes, np.full(5, goodput))
+        return found - sizes / goodput - constants.base_latency_s
+
+    found = waits(physics)
+    assert found[0] == pytest.approx(0, abs=1e-12)
+    assert found[1] == pytest.approx(physics.rtt_s - 3 * 1448 / goodput)
+    assert (np.diff(found[:4]) > 0).all()
+    assert found[4] == pytest.approx(found[3])  # the window has opened
+    whole = 3 * 1448.0 * np.array([1, 2.5, 2.5 + 2.25])  # just the first window, two, three
     np.testing.assert_allclose(
-        ideal_s(physics, sizes, goodput), sizes / goodput + physics.base_latency_s + waits, rtol=1e-12
+        np.ediff1d(slow_start_s(physics, np.sort([*whole, *(whole + 1)]), np.zeros(6), goodput))[1::2], 0, atol=1e-12
     )
-    constant = replace(physics, window_growth=1.0)
     rounds = np.ceil(1e6 / (3 * 1448)) - 1
-    assert slow_start_s(constant, np.array([1e6]), np.zeros(1), goodput)[0] == pytest.approx(rounds * waits[1])
+    assert waits(replace(physics, window_growth=1.0))[3] == pytest.approx(rounds * found[1])
 
 
 def test_the_ideal_has_no_latency_and_queues_add_some() -> None:
     size, peers = np.array([1e4, 1e5]), np.array([1, 5])
     fluid = size / 1e8 * 4
-    np.testing.assert_array_equal(completion_s(IDEAL, fluid, size, peers, 1e8, 5e4), fluid)
-    alone, queued = (completion_s(Physics(), fluid, size, peers, 1e8, queue) for queue in (0.0, 5e4))
+    goodput = np.full(2, 1e8)
+    np.testing.assert_array_equal(completion_s(IDEAL, fluid, size, peers, np.full(2, 5e4), goodput), fluid)
+    alone, queued = (completion_s(Physics(), fluid, size, peers, np.full(2, queue), goodput) for queue in (0.0, 5e4))
     assert (queued > alone).all()
+
+
+def test_nobody_queues_behind_more_than_there_is() -> None:
+    size = np.array([200, 300, 200, 100])
+    trace = Trace.of([0.0, 1e-9, 2e-9, 1.0], size, [1, 2, 3, 1], [0, 0, 0, 0])
+    for receiver in (0, None):  # both kernels
+        fct_s = []
+        for queue_bytes in (0.0, 17_650.0):
+            simulation = Simulation(Scheme("fair", queue_bytes=queue_bytes), star(4, 1e9), receiver=receiver)
+            simulation.add(trace)
+            fct_s.append(simulation.run().in_order_of_start().fct_s)
+        stood_bytes = (fct_s[1] - fct_s[0]) * Physics().goodput(1e9)
+        np.testing.assert_allclose(stood_bytes, [0, 200, 500, 0], atol=1.0)
 
 
 def test_impossible_physics() -> None:

@@ -10,7 +10,7 @@ from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator.envs import LONG_FLOWS, MLFQ_THRESHOLDS, rewards
 from simulator.envs.thresholds import MLFQThresholds, action_of, thresholds_of
-from simulator.results import FlowResults
+from simulator.results import FlowResults, p99
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     (MLFQ_THRESHOLDS, {"flows_per_step": 100}),
@@ -123,6 +123,9 @@ def test_rewards() -> None:
     assert rewards.mean_fct(results) == pytest.approx(-np.log(3))
     assert rewards.mean_slowdown(results) == pytest.approx(-np.log(3))
     assert rewards.p99_slowdown(results) == pytest.approx(-np.log(3.98))
+    values = np.random.default_rng(1).lognormal(size=777)
+    assert p99(values) == pytest.approx(np.percentile(values, 99), rel=1e-12)
+    assert p99(values[:1]) == values[0]
     assert rewards.throughput(results.size_bytes, results.fct_s) == pytest.approx(750_000)
     assert rewards.ratio(3.0, 2.0, 3.0) == 1.5
     assert rewards.ratio(30.0, 2.0, 3.0) == 3.0
