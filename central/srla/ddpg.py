@@ -5,7 +5,7 @@ An actor maps a state to an action in [-1, 1]^n, a critic maps state and action 
   2. the critic descends on (Q(s, a) - y)^2, weighed by importance when the replay is prioritised
   3. every `policy_delay` updates the actor ascends on Q(s, mu(s)) - anchor * |mu(s)|^2
   4. the target networks follow: target += tau * (network - target)
-With gamma = 0 (our default: thresholds set now do not change what traffic comes next) step 1 is regression on the reward.
+With gamma = 0 (our default: thresholds set now do not change what traffic comes next) y is the reward itself.
 Deterministic by the seed on one thread; `state` and `restore` are exact.
 """
 
@@ -88,8 +88,8 @@ class Scaled(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("deviation", torch.ones(features))
+        self.mean = nn.Buffer(torch.zeros(features))
+        self.deviation = nn.Buffer(torch.ones(features))
 
     def fit(self, states: Tensor) -> None:
         """Take the statistics from these states; features that hardly vary keep their scale."""
@@ -121,7 +121,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Q(s, a): the return expected, (B,)."""
 
-    def __init__(self, features: int, actions: int, state_layers: tuple[int, ...], joint_layers: tuple[int, ...]) -> None:
+    def __init__(
+        self, features: int, actions: int, state_layers: tuple[int, ...], joint_layers: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.scaled = Scaled(features)
         self.state = _stack(features, state_layers)
@@ -146,7 +148,7 @@ def _stack(inputs: int, layers: tuple[int, ...]) -> nn.Sequential:
 
 
 def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
-    """target += tau * (network - target), for every parameter and buffer."""
+    """Target += tau * (network - target), for every parameter and buffer."""
     with torch.no_grad():
         for mine, theirs in zip(target.state_dict().values(), network.state_dict().values(), strict=True):
             mine += tau * (theirs - mine)
@@ -192,8 +194,8 @@ class Replay:
             weight /= weight.max()
         else:
             rows = random.integers(n, size=batch)
-        columns = (torch.from_numpy(getattr(self, name)[rows]) for name in self._FIELDS[:6])
-        return Batch(*columns, torch.from_numpy(weight), rows)
+        columns = {name: torch.from_numpy(getattr(self, name)[rows]) for name in self._FIELDS[:6]}
+        return Batch(**columns, weight=torch.from_numpy(weight), rows=rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Only the rows in use."""
@@ -254,11 +256,11 @@ class Ddpg:
         return np.clip(chosen + noise * masks, -1, 1)
 
     def target(self, batch: Batch) -> Tensor:
-        """y = r + gamma * goes_on * Q'(s', mu'(s')), shape (B,)."""
+        """Y = r + gamma * goes_on * Q'(s', mu'(s')), shape (B,)."""
         if self.settings.gamma == 0:
             return batch.reward
         with torch.no_grad():
-            then = self.critic_target(batch.following, self.actor_target(batch.following, batch.mask))
+            then: Tensor = self.critic_target(batch.following, self.actor_target(batch.following, batch.mask))
         return batch.reward + self.settings.gamma * batch.goes_on * then
 
     def update(self) -> dict[str, float]:
@@ -287,7 +289,7 @@ class Ddpg:
         loss = (off**2).sum() / mask.sum()
         _step(self.actor, self.actor_adam, loss, self.settings.gradient_norm)
         soft_update(self.actor_target, self.actor, 1.0)
-        return loss.item()
+        return float(loss.item())
 
     _PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_adam", "critic_adam", "replay")
 

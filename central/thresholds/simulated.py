@@ -13,14 +13,14 @@ from central.thresholds import exact
 from central.thresholds.optimum import Optimum, check_objective
 from central.thresholds.search import search
 from fabricpilot.errors import UsageError
-from fabricpilot.levels import Thresholds, check_levels
+from fabricpilot.levels import MIN_LEVELS, Thresholds, check_levels
 from simulator.engine import simulate
 from simulator.physics import IDEAL, Physics
 from simulator.results import FlowResults
 from simulator.schemes import Scheme, equal_split
 from simulator.topology import star
-from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
+from simulator.workloads.situations import Situation
 from simulator.workloads.trace import Trace
 
 _FEWEST_FLOWS = 1000
@@ -101,14 +101,8 @@ def optimise(
 
 
 def trace_at(sizes: SizeDistribution, load: float, flows: int, seed: int, link: Link = FLUID) -> Trace:
-    """Poisson arrivals at `load` of the link with the sizes drawn, all from host 0 to host 1.
-
-    Start times are stretched by the drawn sizes' mean over the distribution's, which takes the largest part of the
-    luck out of heavy-tailed sizes.
-    """
-    drawn = poisson(sizes, load, link.rate_bps, np.random.default_rng(seed), count=flows)
-    stretch = float(drawn.size_bytes.mean()) / sizes.mean_bytes
-    return Trace.of(drawn.start_s * stretch, drawn.size_bytes, np.zeros(flows, np.int32), np.ones(flows, np.int32))
+    """Poisson arrivals at `load` of the link with the sizes drawn, all from host 0 to host 1 (`Situation.trace`)."""
+    return Situation(sizes, load, link.rate_bps, MIN_LEVELS).trace(flows, np.random.default_rng(seed))
 
 
 def results(trace: Trace, thresholds: Thresholds | None, link: Link = FLUID) -> FlowResults:

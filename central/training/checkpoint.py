@@ -16,6 +16,7 @@ import torch
 
 from fabricpilot.errors import UsageError
 
+
 def save(path: Path, tree: Any) -> None:
     """Write `tree` to `path` atomically; folders are made.
 
@@ -25,7 +26,8 @@ def save(path: Path, tree: Any) -> None:
     arrays: list[npt.NDArray[Any]] = []
     text = json.dumps(_plain(tree, arrays))
     content = io.BytesIO()
-    np.savez(content, tree=np.array(text), **{f"a{i}": array for i, array in enumerate(arrays)})
+    named: dict[str, Any] = {f"a{i}": array for i, array in enumerate(arrays)}
+    np.savez(content, tree=np.array(text), **named)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:

@@ -1,11 +1,13 @@
 """`fabricpilot train`: train an agent in the simulator, on one machine or on a Ray cluster, by the same command."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from central.training import Trainer
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 
@@ -22,18 +24,6 @@ def train() -> None:
     """Train sRLA or lRLA in the simulator. Same seed and configuration, same weights, whatever the workers."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a run was asked for."""
-
-    config: Path | None
-    seed: int
-    workers: int
-    ray: str | None
-    resume: bool
-    out: Path
-
-
 def training_options(command: _CommandT) -> _CommandT:
     """The options that every `train` command has."""
     for option in (
@@ -46,3 +36,26 @@ def training_options(command: _CommandT) -> _CommandT:
     ):
         command = option(command)
     return command
+
+
+@train.command()
+@training_options
+def srla(config: Path | None, seed: int, workers: int, ray: str | None, resume: bool, out: Path) -> None:
+    """Thresholds: DDPG on what reports tell (docs/srla.md)."""
+    from central.srla.training import Settings, SrlaTrainer
+    from central.training.settings import read
+
+    settings = read(Settings, config)
+    _run(lambda: SrlaTrainer(settings, seed, workers, ray), "srla", settings, seed, resume, out)
+
+
+def _run(make: Callable[[], "Trainer"], agent: str, settings: object, seed: int, resume: bool, out: Path) -> None:
+    """What every `train` command does once it has its settings; `make` starts the workers."""
+    from central.training.loop import run
+    from central.training.settings import as_record
+
+    record = {"agent": agent, "seed": seed, "settings": as_record(settings)}
+    if run(make(), out, record, resume=resume):
+        click.echo(f"weights: {out / 'weights.npz'}")
+    else:
+        click.echo(f"stopped; go on with --resume --out {out}")

@@ -1,9 +1,9 @@
-"""Hyper-parameters from a TOML file: flat keys, the fields of an agent's frozen dataclass, each documented there."""
+"""Hyper-parameters from a TOML file: keys are the fields of a frozen dataclass, tables those inside it."""
 
 import tomllib
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
@@ -26,14 +26,20 @@ def read(kind: type[SettingsT], path: Path | None, given: dict[str, Any] | None 
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"cannot read {path}: {error}") from None
     table |= {key: value for key, value in (given or {}).items() if value is not None}
-    known = [field.name for field in fields(kind)]
-    for key in table:
-        if key not in known:
-            raise UsageError(f"{path or 'settings'}: '{key}' is unknown; there are {', '.join(known)}")
+    _check_keys(table, kind, str(path or "settings"))
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         raise UsageError(f"{path or 'settings'}: {error}") from None
+
+
+def _check_keys(table: dict[str, Any], kind: Any, where: str) -> None:
+    types = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in types:
+            raise UsageError(f"{where}: '{key}' is unknown; there are {', '.join(types)}")
+        if isinstance(value, dict) and is_dataclass(types[key]):
+            _check_keys(value, types[key], f"{where}: {key}")
 
 
 def as_record(settings: Any) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fabricpilot.errors import UsageError
+from fabricpilot.histogram import LogHistogram
 from fabricpilot.levels import Thresholds, check_levels, default_thresholds
-from simulator.arrays import Floats
 from simulator.engine import Simulation
 from simulator.envs import rewards
-from simulator.envs.observations import PAPER_FEATURES, PAPER_FLOWS, Features, compact, compact_length, paper
+from simulator.envs.observations import COMPACT, PAPER_FEATURES, PAPER_FLOWS, Experience, Features, compact, paper
 from simulator.results import FlowResults, p99
 from simulator.schemes import scheme
 from simulator.topology import star
@@ -53,15 +53,8 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
     action is valid.
 
     ## Observation Space
-    `observation="compact"` (default): `Box(0, 1, (34 + K,), float32)`
-
-    | index | meaning |
-    |---|---|
-    | 0-23 | share of finished flows per factor of two in size, from 64 bytes |
-    | 24-28 | share of finished flows up to 10 KB, 100 KB, 1 MB, 10 MB and above |
-    | 29-33 | log2 of their mean slowdown, over 10 |
-    | 34 | offered load, at most 1 |
-    | 35... | thresholds in force, log2 of bytes over 30 |
+    `observation="compact"` (default): `Box(0, 1, (90,), float32)`, the table of `simulator.envs.observations.compact`:
+    flow sizes, load, K, link rate, thresholds in force and what flows experienced, of the same length for every K.
 
     `observation="paper"`: `Box(0, 1, (700,), float32)`: the last 100 finished short flows (below the last threshold) of
     the step, 7 features each: source, destination, ports, protocol, FCT and size (log scale), zero-padded.
@@ -83,7 +76,7 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
     - `control_delay_s`: thresholds take effect so much later. - `scheme_name`: `mlfq` or `backlog`.
 
     ## Version History
-    - v0: first version.
+    - v1: the compact observation has the same length for every K, sizes relative to their mean. - v0: first version.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own form
@@ -118,7 +111,7 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
         self._scheme = scheme(scheme_name, thresholds=default_thresholds(levels))
         self._delay_s = control_delay_s
         self._observation, self._reward = observation, reward
-        length = PAPER_FLOWS * PAPER_FEATURES if observation == "paper" else compact_length(levels)
+        length = PAPER_FLOWS * PAPER_FEATURES if observation == "paper" else COMPACT
         self.observation_space = gym.spaces.Box(0.0, 1.0, (length,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (levels - 1,), np.float32)
 
@@ -162,10 +155,11 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
         return self._simulation.run_until(self._last_s), trace.total_bytes * 8 / (span_s * self._rate_bps)
 
     def _observe(self, results: FlowResults, load: float) -> Features:
-        bytes_: Floats = np.array(self._thresholds.bytes, np.float64)
         if self._observation == "compact":
-            return compact(results, load, bytes_)
-        short = results.size_bytes < bytes_[-1]
+            sizes = LogHistogram.of(results.size_bytes)
+            seen = Experience.of(results) if len(results) else None
+            return compact(sizes, load, self._rate_bps, self._thresholds, seen)
+        short = results.size_bytes < self._thresholds.bytes[-1]
         chosen = FlowResults(*(getattr(results, name)[short] for name in results.__dataclass_fields__))
         ports = 32_768 + chosen.flow * 7919 % 28_232  # as a kernel draws ephemeral ports: of no meaning
         return paper(chosen, ports, self._hosts)
