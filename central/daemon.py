@@ -21,6 +21,8 @@ from typing import Any
 import zmq
 
 from central.link import Arrival, CentralLink
+from central.planner.announced import Announced
+from central.planner.desk import PlanDesk
 from central.policy.base import Decision, GroupSummary
 from central.registry import Host, InForce, Registry
 from central.threshold_log import ThresholdLog
@@ -29,7 +31,7 @@ from fabricpilot import __version__, notify
 from fabricpilot.config import CentralConfig
 from fabricpilot.control import ControlServer
 from fabricpilot.stopping import StopSignal, stop_signal
-from fabricpilot.wire import Ack, Hello, Identify, Policy, Refused
+from fabricpilot.wire import Ack, Hello, Identify, Policy, Refused, Report
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Central:
         self._decision_s: deque[float] = deque(maxlen=_DECISIONS_KEPT)
         self._reports = 0
         self._reports_per_s = 0.0
+        self.announced = Announced()
+        self._plans = PlanDesk(config.central.planners, link.send, self.announced)
         control.answer = lambda _request: self.status()
 
     def run(self) -> None:
@@ -75,6 +79,7 @@ class Central:
             try:
                 self._loop(stop)
             finally:
+                self._plans.close()
                 notify.stopping()
 
     def handle(self, arrival: Arrival, now_s: float) -> None:
@@ -82,6 +87,9 @@ class Central:
         message = arrival.message
         if isinstance(message, Hello):
             self._introduce(arrival, message, now_s)
+            return
+        if not isinstance(message, Report):
+            self._plans.take(arrival.peer, message, now_s)
             return
         known = self.registry.hosts.get(arrival.host)
         was_lost = known is not None and known.lost
@@ -127,6 +135,7 @@ class Central:
             },
             "worker_restarts": self._worker.restarts,
             "link": {**self._link.counters, "unidentified": self._unidentified, "handshakes": self._link.handshakes},
+            "plans": self._plans.status(now_s),
             "groups": [self._group_status(summary, now_s) for summary in self.registry.summaries(now_s)],
             "hosts": [
                 _host_status(host, now_s) for host in sorted(self.registry.hosts.values(), key=lambda host: host.name)
@@ -220,6 +229,7 @@ class Central:
             host.told_s = now_s
 
     def _sweep(self, now_s: float, elapsed_s: float) -> None:
+        self._plans.step(now_s)
         lost = [host.name for host in self.registry.sweep(now_s)]
         if lost:
             names = ", ".join(lost[:_MAX_NAMES]) + (" ..." if len(lost) > _MAX_NAMES else "")

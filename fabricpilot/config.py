@@ -148,6 +148,7 @@ class CentralSection(Section, frozen=True, kw_only=True):
     run_dir: str = CENTRAL_RUN_DIR  # control socket for `central status`
     host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
     threshold_log: str = ""  # file that gets one JSON line per change of thresholds; empty: none
+    planners: list[str] = []  # names of keys that may ask for migration plans and announce migrations; empty: none
 
 
 class AgentConfig(Section, frozen=True, kw_only=True):

@@ -24,6 +24,10 @@ MAX_LONG_FLOWS = 256  # the longest ones; how many there were in all is told bes
 MAX_VERDICTS = 512  # in one message
 MAX_ROUTE = 31
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_PLAN_PART_BYTES = 48 * 1024  # planning requests and answers are larger than a message, so they come in parts
+MAX_PLAN_PARTS = 128  # 6 MiB; a compressed mapping of 1,200 PMs takes 3
+MAX_MIGRATIONS = 256  # announced in one message
+MIGRATION_PORTS = (49152, 49215)  # what libvirt lets QEMU migrate over, unless told otherwise
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
@@ -125,6 +129,47 @@ class Verdicts(Message, frozen=True, kw_only=True, tag="verdicts"):
     verdicts: Annotated[list[FlowVerdict], msgspec.Meta(max_length=MAX_VERDICTS)]
 
 
+class PlanPart(Message, frozen=True, kw_only=True, tag="plan_part"):
+    """Client to central: a part of a planning request. The parts, in order, are one compressed request."""
+
+    host: Name  # the client: the name of its key, as for a host
+    ticket: Name  # chosen by the client; the answer carries it
+    part: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PLAN_PARTS)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PLAN_PARTS)]
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PLAN_PART_BYTES)]
+
+
+class PlanAnswer(Message, frozen=True, kw_only=True, tag="plan_answer"):
+    """Central to client: a part of the answer, compressed likewise: plan.json, or why there is none."""
+
+    ticket: Name
+    part: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PLAN_PARTS)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PLAN_PARTS)]
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PLAN_PART_BYTES)]
+
+
+class MigrationFlow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One VM migration of a running plan, told before its flow begins: a long flow that may wait for all others."""
+
+    vm: Name
+    source_host: Name  # host that sends the memory
+    target_host: Name
+    size_bytes: Count  # memory to copy; a live migration copies pages that change again on top
+    batch: Count  # moves of one batch run at the same time
+    destination: Text = ""  # address it goes to; empty: any
+    first_port: Port = MIGRATION_PORTS[0]  # it goes to a port from here
+    last_port: Port = MIGRATION_PORTS[1]  # to here
+
+
+class Migrations(Message, frozen=True, kw_only=True, tag="migrations"):
+    """Client to central: migrations that run or will run. They replace what was announced of that plan before."""
+
+    host: Name
+    plan: Name
+    flows: Annotated[list[MigrationFlow], msgspec.Meta(max_length=MAX_MIGRATIONS)]  # empty: the plan has ended
+    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)]  # then the announcement is forgotten
+
+
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """Central to host: why its messages are not accepted (for example an identity that is not its key's)."""
 
@@ -141,8 +186,8 @@ class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     epoch: Count  # 0: central has not decided anything for its group yet
 
 
-FromHost = Hello | Report
-FromCentral = Policy | Verdicts | Refused | Identify | Ack
+FromHost = Hello | Report | PlanPart | Migrations
+FromCentral = Policy | Verdicts | Refused | Identify | Ack | PlanAnswer
 
 _MessageT = TypeVar("_MessageT")
 _encoder = msgspec.msgpack.Encoder()

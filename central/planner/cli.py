@@ -5,8 +5,9 @@ Exit 0 with a plan, 1 if there is none (or a checked plan is bad), 2 for wrong i
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,11 +16,27 @@ from fabricpilot.errors import FabricpilotError, UsageError
 if TYPE_CHECKING:
     from central.planner.model.mapping import Mapping
     from central.planner.model.plan import Plan
-    from central.planner.model.problem import Problem
+    from central.planner.request import PlanOutcome, PlanRequest
+    from fabricpilot.config import LinkSection
 
 SHOWN_MOVES = 12
 FILE = click.Path(dir_okay=False, path_type=Path)
 MAPPING = click.Path(path_type=Path)
+CENTRAL_KEY = "/etc/fabricpilot/central.key"
+CLIENT_KEY = "/etc/fabricpilot/planner.key_secret"
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def central_options(command: CommandT) -> CommandT:
+    """The options that say how to reach a central daemon."""
+    for option in (
+        click.option("--insecure", is_flag=True, help="No keys at all; on loopback only."),
+        click.option("--central-key", type=FILE, default=CENTRAL_KEY, show_default=True, help="Central's public key."),
+        click.option("--key", type=FILE, default=CLIENT_KEY, show_default=True, help="Own key, NAME.key_secret."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(invoke_without_command=True)
@@ -48,6 +65,8 @@ MAPPING = click.Path(path_type=Path)
 @click.option("--samples", default=8, show_default=True, help="Trajectories of the learned solver.")
 @click.option("--vm-quantile", default=0.98, show_default=True, help="Share of improbable VMs that it cuts.")
 @click.option("--place-quantile", default=0.95, show_default=True, help="Share of improbable places that it cuts.")
+@click.option("--central", metavar="ENDPOINT", help="Have this central daemon plan, for example tcp://10.0.0.1:5555.")
+@central_options
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json instead of a table.")
 @click.pass_context
 def plan(context: click.Context, /, **options: Any) -> None:
@@ -63,32 +82,31 @@ def plan(context: click.Context, /, **options: Any) -> None:
 
 
 def _plan(options: dict[str, Any]) -> None:
-    from central.planner import planning
-    from central.planner.model.objective import parse_request
     from central.planner.model.plan import plan_document
-    from central.planner.replan import read_wishes, replan
-    from central.planner.solvers.room import make_room
+    from central.planner.request import PlanRequest, plan_for, plan_of
 
     mapping = read_mapping(options["mapping"])
-    problem = _problem(mapping, options)
-    seconds, seed, name = options["deadline"], options["seed"], options["solver"]
-    if seconds <= 0:
-        raise UsageError(f"--deadline {seconds:g}: expected more than 0 seconds")
-    if options["make_room"] and options["replan_from"]:
-        raise UsageError("--make-room and --replan-from exclude each other: give one of them")
-    if options["make_room"]:
-        request = parse_request(options["make_room"])
-        made = planning.plan_by(problem, "make-room", lambda p, d, s: make_room(p, request, d, s), seconds, seed)
-    elif options["replan_from"]:
-        wishes, gone = read_wishes(_bytes(options["replan_from"]), mapping, str(options["replan_from"]))
-        made = planning.plan_by(problem, "replan", lambda p, d, s: replan(p, wishes, gone, d, s), seconds, seed)
-    elif name == "learned":
-        from central.planner.learned.solver import Options, learned
-
-        risk = Options(options["samples"], options["vm_quantile"], options["place_quantile"])
-        made = planning.plan_by(problem, name, lambda p, d, s: learned(p, d, s, risk), seconds, seed)
+    request = PlanRequest(
+        mnl=options["mnl"],
+        deadline_s=options["deadline"],
+        solver=options["solver"],
+        objective=options["objective"],
+        make_room=options["make_room"] or "",
+        earlier_plan=_bytes(options["replan_from"]) if options["replan_from"] else b"",
+        max_bytes=options["max_bytes"],
+        cost_per_gb=options["cost_per_gb"],
+        cap_per_pm=options["cap_per_pm"],
+        cap_per_tenant=options["cap_per_tenant"],
+        fixed=_cooling(options["history"], options["cooldown"]),
+        samples=options["samples"],
+        vm_quantile=options["vm_quantile"],
+        place_quantile=options["place_quantile"],
+        seed=options["seed"],
+    )
+    if options["central"]:
+        made = plan_of(mapping, request, _asked(mapping, request, options))
     else:
-        made = planning.make_plan(problem, name, seconds, seed)
+        made = plan_for(mapping, request)
     document = plan_document(mapping, made)
     if options["out"]:
         _write(options["out"], json.dumps(document, indent=1) + "\n")
@@ -97,9 +115,44 @@ def _plan(options: dict[str, Any]) -> None:
         click.echo(json.dumps(document))
     else:
         show(mapping, made)
-    goal = problem.objective.goal
-    if goal is not None and made.final.fragment_rate > goal + 1e-9:
-        raise FabricpilotError(f"the goal {goal:g} was not reached in {seconds:g} s; raise --deadline or --mnl")
+    _judge_goal(request, made)
+
+
+def _judge_goal(request: "PlanRequest", made: "Plan") -> None:
+    """A plan that misses its goal is shown, and is a failure all the same."""
+    from central.planner.model.objective import parse_objective
+
+    goal = parse_objective(request.objective).goal
+    if goal is not None and not request.make_room and made.final.fragment_rate > goal + 1e-9:
+        raise FabricpilotError(
+            f"the goal {goal:g} was not reached in {request.deadline_s:g} s; raise --deadline or --mnl"
+        )
+
+
+def _asked(mapping: "Mapping", request: "PlanRequest", options: dict[str, Any]) -> "PlanOutcome":
+    """The answer of the central daemon."""
+    import msgspec
+
+    from central.planner.client import ask
+    from central.planner.formats import vmr2l
+
+    section, name = link_section(options)
+    return ask(section, name, msgspec.structs.replace(request, mapping=msgspec.json.encode(vmr2l.document(mapping))))
+
+
+def link_section(options: dict[str, Any]) -> tuple["LinkSection", str]:
+    """How to reach central, and the name of the key that is used for it: that of its file."""
+    from fabricpilot.config import LinkSection
+    from fabricpilot.keys import SECRET_SUFFIX
+
+    key: Path = options["key"]
+    section = LinkSection(
+        endpoint=options["central"],
+        key=str(key),
+        central_key=str(options["central_key"]),
+        insecure=options["insecure"],
+    )
+    return section, key.name.removesuffix(SECRET_SUFFIX)
 
 
 def _export(mapping: "Mapping", made: "Plan", options: dict[str, Any]) -> None:
@@ -115,35 +168,14 @@ def _export(mapping: "Mapping", made: "Plan", options: dict[str, Any]) -> None:
         animate(mapping, made, options["plot"])
 
 
-def _problem(mapping: "Mapping", options: dict[str, Any]) -> "Problem":
-    from dataclasses import replace
-
-    from central.planner.model.objective import parse_objective
-    from central.planner.model.problem import Limits, Problem
-
-    mnl = options["mnl"]
-    if mnl is None:
-        mnl = 50 if mapping.maximum_migration is None else mapping.maximum_migration
-    limits = Limits(
-        mnl=mnl,
-        max_bytes=options["max_bytes"],
-        per_pm=options["cap_per_pm"],
-        per_tenant=options["cap_per_tenant"],
-        fixed=_cooling(mapping, options["history"], options["cooldown"]),
-    )
-    objective = replace(parse_objective(options["objective"]), cost_per_gb=options["cost_per_gb"])
-    return Problem(mapping, objective, limits)
-
-
-def _cooling(mapping: "Mapping", history: Path | None, cooldown_s: float) -> frozenset[int]:
+def _cooling(history: Path | None, cooldown_s: float) -> list[str]:
+    """Names of the VMs that moved too short a time ago."""
     if history is None:
-        return frozenset()
+        return []
     try:
         moved = json.loads(_bytes(history))
         since = time.time() - cooldown_s
-        return frozenset(
-            mapping.vm_by_name[name] for name, when in moved.items() if when > since and name in mapping.vm_by_name
-        )
+        return [name for name, when in moved.items() if when > since]
     except (ValueError, AttributeError, TypeError):
         raise UsageError(f'history {history}: expected JSON {{"vm name": unix seconds}}') from None
 
@@ -229,6 +261,31 @@ def check(mapping: Path, plan_file: Path, mnl: int | None, objective: str, as_js
             f"good: {len(moves)} moves, FR {first.fragment_rate:.4f} -> {last.fragment_rate:.4f}, "
             f"slots {first.slots} -> {last.slots}"
         )
+
+
+@plan.command()
+@click.option("--mapping", type=MAPPING, required=True)
+@click.option("--plan", "plan_file", type=FILE, required=True)
+@click.option("--central", metavar="ENDPOINT", required=True, help="The central daemon of the hosts.")
+@click.option("--name", default="plan", show_default=True, help="Of the plan; the same name replaces what was told.")
+@click.option("--for", "ttl_s", default=3600.0, show_default=True, help="Seconds after which central forgets it.")
+@click.option("--done", is_flag=True, help="The plan has ended: its flows are like any other's again.")
+@central_options
+def announce(mapping: Path, plan_file: Path, name: str, ttl_s: float, done: bool, **options: Any) -> None:
+    """Tell central that a plan runs: its migrations then wait for all other long flows."""
+    from central.planner.client import announce as tell
+    from central.planner.migrations import announcement
+    from central.planner.model.plan import read_moves
+    from fabricpilot.wire import Migrations
+
+    if not 0 < ttl_s <= 86_400:
+        raise UsageError(f"--for {ttl_s:g}: expected more than 0 and at most 86400 seconds")
+    cluster = read_mapping(mapping)
+    moves, _ = read_moves(_bytes(plan_file), cluster, str(plan_file))
+    flows = [] if done else announcement(cluster, moves)
+    section, client = link_section(options)
+    tell(section, Migrations(host=client, plan=name, flows=flows, ttl_s=ttl_s))
+    click.echo(f"plan {name}: " + ("ended" if done else f"{len(flows)} migrations announced for {ttl_s:g} s"))
 
 
 @plan.command()

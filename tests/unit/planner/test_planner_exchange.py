@@ -3,12 +3,10 @@
 import json
 import subprocess
 
-import msgspec
 import pytest
 
-from central.planner.formats import export, libvirt, table, vmr2l
+from central.planner.formats import export, libvirt, table
 from central.planner.generator import SHAPES, generate
-from central.planner.migrations import PlanRequest, announce, answer
 from central.planner.planning import make_plan
 from fabricpilot.errors import UsageError
 
@@ -105,20 +103,3 @@ def test_neutral_form(made):
     mapping, plan = made
     document = json.loads(json.dumps(export.neutral(mapping, plan)))
     assert sum(len(batch["parallel"]) for batch in document["batches"]) == document["migrations"] == len(plan.moves)
-
-
-def test_migrations_are_flows_of_the_lowest_level(made):
-    mapping, plan = made
-    flows = list(announce(mapping, plan, "p", levels=4))
-    across = [move for move in plan.moves if move.source.pm != move.target.pm]
-    assert [flow.size_bytes for flow in flows] == [mapping.vms[move.vm].mem_mb * 2**20 for move in across]
-    assert {flow.level for flow in flows} == {3}
-
-
-def test_requests_are_answered_and_never_raise():
-    raw = msgspec.json.encode(vmr2l.document(generate(SHAPES["tiny"], 1)))
-    good = answer(PlanRequest(mapping=raw, mnl=3, solver="greedy"))
-    assert json.loads(good.plan)["mnl"] == 3
-    bad = answer(PlanRequest(mapping=raw[:100]))
-    assert bad.exit_code == 2
-    assert "truncated" in bad.error
