@@ -36,7 +36,9 @@ struct counters {
 	__u64 restarted_bytes;               /* ... and what their former flows had sent, in case nobody had read it */
 	__u64 messages_finished;             /* behind which the next one of the same flow has begun */
 	__u64 turns;                         /* given to starved flows */
-	__u64 insert_failed;                 /* payload packets that got no entry: sent on the last level */
+	__u64 over_share;                    /* packets beyond their source's share of new flows: on the last level */
+	__u64 flowless;                      /* acknowledgements and resets without an entry, which make none: at the top */
+	__u64 insert_failed;                 /* packets that got no entry: those with payload on the last level */
 	__u64 write_failed;                  /* packets whose header the kernel would not let us change */
 };
 

@@ -5,7 +5,7 @@
  *
  *   1. parse    Ethernet, VLAN, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone
  *                                                                                  (parse.h, fragment.h, counters.h)
- *   2. account  find or insert the flow, add the payload, compare with the thresholds         (flow.h, level.h)
+ *   2. account  find or insert the flow, add the payload, compare with the thresholds         (flow.h, level.h, admission.h)
  *   3. steer    the operator's rules and central's verdict come before the thresholds         (rules.h, verdict.h)
  *   4. mark     DSCP for the fabric, skb->priority for the NIC's own queues                   (mark.h)
  *   5. route    where a rule or a verdict wants another way than the kernel's                 (route.h)
@@ -48,6 +48,7 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	struct packet packet = {};
 	struct steered steered;
 	struct fragment_value *first = 0;
+	int fresh = 0; /* the packet begins its flow, which is not in the table yet */
 	int reason;
 	__u8 level;
 
@@ -69,9 +70,14 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	}
 	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
 		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
-	level = account(skb, &packet, segments, settings, count, &flow);
+	level = account(skb, &packet, segments, settings, count, &flow, &fresh);
 	steered = steer(skb, &packet, flow, level, settings, steering_now);
 	level = steered.level;
+	if (fresh) {
+		if (insert_flow(&packet, flow, count) && packet.payload_bytes)
+			level = last_level(settings);
+		flow = steered.route ? flows.lookup(&packet.key) : 0;
+	}
 	if (packet.fragment == FIRST_FRAGMENT)
 		remember_first_fragment(&packet, level);
 	else if (first)

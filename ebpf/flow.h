@@ -11,6 +11,9 @@
  * - Only a SYN or payload inserts. A pure ACK or RST never does, so an entry that user space has forgotten after
  *   the flow's end does not come back as a flow of unknown age.
  * - A TCP flow first seen in mid-life is of unknown size, not short: it is on the last level until its next message.
+ * - A source that begins more flows than its share gets no entries beyond it, and the last level (admission.h).
+ * - A flow's first packet leaves its entry unreferenced: the table's LRU takes flows of one packet before any that had
+ *   a second one, so a flood of new flows does not push out those that are under way.
  * - A SYN on an entry that has ended, or has sent something, is a new flow on the same ports: it starts afresh.
  */
 #pragma once
@@ -48,8 +51,12 @@ struct flow_state {
 /* Key: 5-tuple. Value: what its flow has sent so far. The least recently used entry makes room for a new one. */
 BPF_TABLE("lru_hash", struct flow_key, struct flow_state, flows, FLOW_ENTRIES);
 
+/* Key: 0. Value: the flow that this CPU's packet begins, until it is inserted whole. */
+BPF_PERCPU_ARRAY(beginning, struct flow_state, 1);
+
 #include "message.h"
 #include "backlog.h"
+#include "admission.h"
 
 static __always_inline __u32 behind(const struct packet *packet)
 {
@@ -77,19 +84,41 @@ static __always_inline void start_flow(struct flow_state *fresh, const struct pa
 	fresh->next_sequence = packet->sequence;
 }
 
-static __always_inline struct flow_state *insert_flow(const struct packet *packet, const struct sender *sender,
-						      struct counters *counters)
+/* A flow that begins with this packet, not yet in the table: looking an entry up marks it as used, and the LRU would
+ * no longer tell a flow of one packet from one that goes on. */
+static __always_inline struct flow_state *begin_flow(const struct packet *packet, const struct sender *sender)
 {
-	struct flow_state fresh = {};
+	__u32 zero = 0;
+	struct flow_state *fresh = beginning.lookup(&zero);
 
-	start_flow(&fresh, packet, first_flags(packet, sender));
-	if (flows.insert((struct flow_key *)&packet->key, &fresh) == 0) {
+	if (!fresh)
+		return 0;
+	__builtin_memset(fresh, 0, sizeof(*fresh));
+	start_flow(fresh, packet, first_flags(packet, sender));
+	return fresh;
+}
+
+/* Inserts the flow that began with this packet, its first packet accounted; the table holds it from here on. */
+static __always_inline int insert_flow(const struct packet *packet, const struct flow_state *fresh,
+				       struct counters *counters)
+{
+	struct flow_state *other;
+
+	if (flows.insert((struct flow_key *)&packet->key, (struct flow_state *)fresh) == 0) {
 		counters->flows_inserted++;
-		if (!(fresh.flags & FLOW_SAW_START))
+		if (!(fresh->flags & FLOW_SAW_START))
 			counters->flows_midlife++;
+		return 0;
 	}
-	/* Another CPU may have been first: whoever inserted it, this is the entry. */
-	return flows.lookup((struct flow_key *)&packet->key);
+	other = flows.lookup((struct flow_key *)&packet->key);
+	if (!other) {
+		counters->insert_failed++;
+		return -1;
+	}
+	/* Another CPU was first: what this packet carries belongs to its entry. */
+	__sync_fetch_and_add(&other->packets, fresh->packets);
+	__sync_fetch_and_add(&other->attained_bytes, fresh->attained_bytes);
+	return 0;
 }
 
 /* Replaces the whole entry at once, so that user space never reads half of the old flow and half of the new. */
@@ -120,11 +149,11 @@ static __always_inline void see_flow(const struct packet *packet, struct flow_st
 		flow->last_seen_ns = now_ns;
 }
 
-/* Accounts a packet of `segments` segments to its flow, left in `entry` (nothing: it has none); returns the level that
- * the packet has earned. */
+/* Accounts a packet of `segments` segments to its flow, left in `entry` (nothing: it has none; `fresh`: it is to be
+ * inserted); returns the level that the packet has earned. */
 static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *packet, __u32 segments,
 				    const struct settings *settings, struct counters *counters,
-				    struct flow_state **entry)
+				    struct flow_state **entry, int *fresh)
 {
 	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
 	struct sender sender = {};
@@ -136,19 +165,31 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 
 	ask_socket(skb, packet, &sender);
 	if (!flow) {
-		if (!packet->payload_bytes && (!(packet->tcp_flags & TCP_SYN) || packet->tcp_flags & TCP_RST))
-			return 0;
-		flow = insert_flow(packet, &sender, counters);
-		if (!flow) {
-			counters->insert_failed++;
-			return packet->payload_bytes ? last_level(settings) : 0;
+		int begins_flow = packet->payload_bytes || (packet->tcp_flags & (TCP_SYN | TCP_RST)) == TCP_SYN;
+
+		if (!admitted(skb, packet, begins_flow, settings)) {
+			counters->over_share += segments;
+			return last_level(settings);
 		}
-	} else if (packet->tcp_flags & TCP_SYN &&
-		   (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED)) {
-		flow = restart_flow(packet, flow, &done, counters);
-		if (!flow) {
-			counters->insert_failed++;
+		if (!begins_flow) {
+			counters->flowless += segments;
 			return 0;
+		}
+		flow = begin_flow(packet, &sender);
+		if (!flow)
+			return 0; /* cannot be: array maps always have their entries */
+		*fresh = 1;
+	} else if (packet->tcp_flags & TCP_SYN) {
+		if (!admitted(skb, packet, 1, settings)) {
+			counters->over_share += segments;
+			return last_level(settings);
+		}
+		if (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED) {
+			flow = restart_flow(packet, flow, &done, counters);
+			if (!flow) {
+				counters->insert_failed++;
+				return 0;
+			}
 		}
 	}
 	*entry = flow;

@@ -23,6 +23,8 @@ struct settings {
 	__u64 turn_bytes;   /* ... of so many bytes */
 	__u32 use_backlog;  /* 1: rank by what the send buffer shows (backlog.h); 0: by attained service alone */
 	__u32 use_hints;    /* 1: look for the hints of applications (hint.h) */
+	__u32 new_flows_per_s; /* share of one source (admission.h) ... */
+	__u32 new_flow_ns;     /* ... and what each flow takes out of it; 0: as many as they like */
 };
 
 /* Key: slot, 0 or 1. Value: one whole vector of settings. */

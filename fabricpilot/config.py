@@ -65,6 +65,9 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     blind_message_gap_ms: int = 200  # the same for flows without a local TCP socket: forwarded ones, UDP
     starved_ms: int = 500  # silence with data waiting after which a flow gets a turn at the top; 0: never
     turn_bytes: int = 65_536  # payload that such a turn is for
+    # flows that one source (a cgroup, a forwarding interface, a forwarded address) may begin at the top per second; what
+    # is beyond starts on the last level and gets no place in the flow table. 0: as many as it likes
+    new_flows_per_s: int = 20_000
     hint_cgroups: list[str] = []  # cgroups (paths below cgroup v2, "/" for all) whose applications' size hints count
     send_buffer_bytes: int = 0  # send buffer of new TCP connections, at most net.core.wmem_max; 0: the kernel's own
     send_buffer_ports: list[int] = []  # only of connections with one of these ports, at most 32; empty: of all
@@ -177,6 +180,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         _check_range("datapath.blind_message_gap_ms", self.datapath.blind_message_gap_ms, 10, 600_000)
         _check_range("datapath.starved_ms", self.datapath.starved_ms, 0, 600_000)
         _check_range("datapath.turn_bytes", self.datapath.turn_bytes, 1500, 1 << 30)
+        _check_range("datapath.new_flows_per_s", self.datapath.new_flows_per_s, 0, 1_000_000)
         _check_range("datapath.send_buffer_bytes", self.datapath.send_buffer_bytes, 0, 1 << 30)
         for port in self.datapath.send_buffer_ports:
             _check_range("datapath.send_buffer_ports", port, 1, 65_535)

@@ -127,6 +127,7 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             messages=_message_rule(config.datapath),
             use_backlog=config.datapath.mode != "attained" and "backlog" in datapath.capabilities,
             use_hints=bool(config.datapath.hint_cgroups),
+            new_flows_per_s=config.datapath.new_flows_per_s if "share" in datapath.capabilities else 0,
         )
         if already:  # if another version's takes its place, it is to go on tagging
             datapath.apply(settings)

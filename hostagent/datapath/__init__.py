@@ -15,13 +15,16 @@ from hostagent.datapath.base import CAPABILITIES, Datapath
 
 log = logging.getLogger(__name__)
 
-# Settings that not every data path can follow: key in [datapath], the value that needs it (None: any that is set),
+# Settings that not every data path can follow: key in [datapath], the value that needs it (None: any but the default),
 # the capability.
 _NEEDS: Final = (
     ("mode", "backlog", "backlog"),
     ("hint_cgroups", None, "sockets"),
     ("send_buffer_bytes", None, "sockets"),
+    ("new_flows_per_s", None, "share"),
 )
+
+_DEFAULTS: Final = DatapathSection()
 
 _BPF_REFUSED: Final = {
     errno.EPERM: "bpf(2) is refused (lockdown, a seccomp filter, or no CAP_BPF)",
@@ -56,7 +59,7 @@ def missing_capabilities(datapath: Datapath, section: DatapathSection) -> list[s
     return [
         f"datapath.{key} = {getattr(section, key)} needs {capability}: {CAPABILITIES[capability]}"
         for key, value, capability in _NEEDS
-        if (getattr(section, key) == value if value else getattr(section, key))
+        if (getattr(section, key) == value if value else getattr(section, key) != getattr(_DEFAULTS, key))
         and capability not in datapath.capabilities
     ]
 

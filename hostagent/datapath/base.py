@@ -84,6 +84,8 @@ class MessageRule:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be 0 to 2^62")
 
 
+MAX_NEW_FLOWS_PER_S: Final = 1_000_000  # of one source; the kernel reckons in nanoseconds per flow
+
 # What a data path may or may not be able to do; each declares its own (`Datapath.capabilities`). `agent check` shows
 # what the one at hand lacks, and a configuration that needs more is refused.
 CAPABILITIES: Final = {
@@ -95,6 +97,7 @@ CAPABILITIES: Final = {
     "bridged": "schedules bridged packets too, beside local and routed ones",
     "messages": "starts a flow's count again with each of its messages",
     "backlog": "levels by what was written to a local TCP socket",
+    "share": "bounds how many flows one source may begin at the top",
     "sockets": "takes size hints from applications, and sets their send buffers",
 }
 
@@ -112,6 +115,7 @@ class Settings:
         messages: when a flow's count starts again.
         use_backlog: rank by what the send buffer shows, where it can be seen.
         use_hints: believe the sizes that applications announce (`SocketRule` says whose).
+        new_flows_per_s: how many flows one source may begin at the top (ebpf/admission.h); 0: as many as it likes.
     """
 
     thresholds: Thresholds
@@ -122,6 +126,7 @@ class Settings:
     messages: MessageRule = MessageRule()
     use_backlog: bool = False
     use_hints: bool = False
+    new_flows_per_s: int = 0
 
     def __post_init__(self) -> None:
         check_dscp(self.dscp, self.thresholds.levels)
@@ -129,6 +134,8 @@ class Settings:
             raise ValueError(f"{len(self.priority)} priorities for {self.thresholds.levels} levels")
         if any(not 0 <= priority < 2**32 for priority in self.priority):
             raise ValueError(f"priority = {list(self.priority)}; skb->priority is an unsigned 32-bit number")
+        if not 0 <= self.new_flows_per_s <= MAX_NEW_FLOWS_PER_S:
+            raise ValueError(f"new_flows_per_s = {self.new_flows_per_s}; it must be 0 to {MAX_NEW_FLOWS_PER_S}")
 
 
 @dataclass(frozen=True)

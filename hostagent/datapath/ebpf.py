@@ -69,7 +69,7 @@ class EbpfDatapath:
 
     name = "ebpf"
     capabilities = frozenset(
-        {"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages", "sockets"}
+        {"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages", "share", "sockets"}
     )
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:

@@ -170,6 +170,7 @@ class FakeDatapath:
         flow = self._flows.get(packet.key)
         if flow is None:
             if packet.payload_bytes == 0 and (not packet.syn or packet.rst):
+                self._counted["flowless"] += packet.segments
                 return 0
             flow = self._insert(packet.key, saw_start=packet.syn or not packet.tcp)
         elif packet.syn and (flow["attained_bytes"] or flow["earlier_bytes"] or int(flow["flags"]) & FLAG_ENDED):

@@ -26,6 +26,8 @@ SETTINGS_DTYPE = np.dtype(
         ("turn_bytes", "<u8"),
         ("use_backlog", "<u4"),
         ("use_hints", "<u4"),
+        ("new_flows_per_s", "<u4"),
+        ("new_flow_ns", "<u4"),
     ]
 )
 
@@ -62,6 +64,8 @@ SINGLE_COUNTERS = (
     "restarted_bytes",
     "messages_finished",
     "turns",
+    "over_share",
+    "flowless",
     "insert_failed",
     "write_failed",
 )
@@ -75,6 +79,7 @@ COUNTERS_DTYPE = np.dtype(
     ]
 )
 
+_NS_PER_S = 1_000_000_000
 _NO_THRESHOLD = 2**64 - 1
 _NEVER = 2**64 - 1
 _ANY_DSCP = 2**64 - 1
@@ -96,6 +101,8 @@ def pack_settings(settings: Settings) -> npt.NDArray[np.void]:
     packed["gap_ns"], packed["blind_gap_ns"], packed["starved_ns"] = rule.gap_ns, rule.blind_gap_ns, starved_ns
     packed["turn_bytes"], packed["use_backlog"] = rule.turn_bytes, settings.use_backlog
     packed["use_hints"] = settings.use_hints
+    packed["new_flows_per_s"] = settings.new_flows_per_s
+    packed["new_flow_ns"] = _NS_PER_S // settings.new_flows_per_s if settings.new_flows_per_s else 0
     # Unmarked packets and those marked by us before (retransmissions keep the socket's mark, forwarded ones the
     # sender's) may be marked anew.
     packed["writable_dscp"] = sum(1 << dscp for dscp in {0, *settings.dscp}) if settings.respect_dscp else _ANY_DSCP
@@ -121,6 +128,7 @@ def unpack_settings(packed: npt.NDArray[np.void]) -> Settings | None:
         ),
         use_backlog=bool(packed["use_backlog"]),
         use_hints=bool(packed["use_hints"]),
+        new_flows_per_s=int(packed["new_flows_per_s"]),
     )
 
 
