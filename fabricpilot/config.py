@@ -65,8 +65,8 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     blind_message_gap_ms: int = 200  # the same for flows without a local TCP socket: forwarded ones, UDP
     starved_ms: int = 500  # silence with data waiting after which a flow gets a turn at the top; 0: never
     turn_bytes: int = 65_536  # payload that such a turn is for
-    # flows that one source (a cgroup, a forwarding interface, a forwarded address) may begin at the top per second; what
-    # is beyond starts on the last level and gets no place in the flow table. 0: as many as it likes
+    # flows that one source (cgroup, forwarding interface, forwarded address) may begin at the top per second; what is
+    # beyond starts on the last level and gets no place in the flow table. 0: as many as it likes
     new_flows_per_s: int = 20_000
     hint_cgroups: list[str] = []  # cgroups (paths below cgroup v2, "/" for all) whose applications' size hints count
     send_buffer_bytes: int = 0  # send buffer of new TCP connections, at most net.core.wmem_max; 0: the kernel's own
