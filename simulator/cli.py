@@ -289,8 +289,9 @@ def _schemes(
     buffers = [part.strip() for part in send_buffer.split(",")]
     found = {}
     for name in wanted:
-        for buffer in buffers if name.startswith("backlog") else buffers[:1]:
-            key = f"{name} {buffer}" if name.startswith("backlog") and len(buffers) > 1 else name
+        seen = name in ("backlog", "written")
+        for buffer in buffers if seen else buffers[:1]:
+            key = f"{name} {buffer}" if seen and len(buffers) > 1 else name
             found[key] = scheme(
                 name,
                 thresholds=given,

@@ -7,14 +7,14 @@ call named. A flow's level is found from what the scheme may know:
     SIZE       size known at the start, never changed (QSJF)
     REMAINING  bytes left (SRPT with many levels)
     BACKLOG    bytes left where the send buffer holds all of them, else the larger of attained and buffer size
-    PLACED     as BACKLOG at the start of the message, afterwards it only sinks by attained bytes
+    WRITTEN    bytes sent and those that wait in the send buffer: only sinks (what the data path does)
 
 Thresholds follow `fabricpilot.levels`: a flow has the level k when it has reached k of them.
 """
 
 from simulator.arrays import Floats
 from simulator.compiled import inner
-from simulator.schemes import ATTAINED, BACKLOG, PLACED, SIZE
+from simulator.schemes import ATTAINED, BACKLOG, SIZE, WRITTEN
 
 
 @inner
@@ -40,10 +40,10 @@ def _place_once(basis: int, row: Floats, buffer_bytes: float, size: float, remai
     attained = size - remaining
     if basis == SIZE:
         return _reached(row, size), 0.0
-    if basis == PLACED:
-        seen = _reached(row, min(size, buffer_bytes))
-        sunk = max(seen, _reached(row, attained))
-        return sunk, size - row[sunk] if sunk < len(row) else 0.0
+    if basis == WRITTEN:
+        level = _reached(row, min(size, attained + buffer_bytes))
+        sinks = level < len(row) and row[level] <= size
+        return level, size + buffer_bytes - row[level] if sinks else 0.0
     if basis == BACKLOG and remaining > buffer_bytes:
         level = _reached(row, max(attained, buffer_bytes))
         sinks = size - row[level] if level < len(row) else 0.0
@@ -60,9 +60,9 @@ def place(basis: int, row: Floats, buffer_bytes: float, size: float, remaining: 
     """Level of a flow, and the remaining bytes at which its level changes next (0 or less: it ends first).
 
     Args:
-        basis: ATTAINED ... PLACED.
+        basis: ATTAINED ... WRITTEN.
         row: ascending thresholds in bytes, float64, shape (K-1,); empty for one level.
-        buffer_bytes: how much of the backlog is visible (BACKLOG and PLACED).
+        buffer_bytes: how much of the backlog is visible (BACKLOG and WRITTEN).
         size: payload bytes of the flow.
         remaining: payload bytes not yet sent, above 0.
     """

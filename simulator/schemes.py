@@ -14,7 +14,7 @@ from fabricpilot.levels import MAX_LEVELS, Thresholds, check_levels, default_thr
 from fabricpilot.published import published, workload_of
 from simulator.workloads.distribution import SizeDistribution
 
-ATTAINED, SIZE, REMAINING, BACKLOG, PLACED = range(5)  # what a level is found from; `rank` has the rules
+ATTAINED, SIZE, REMAINING, BACKLOG, WRITTEN = range(5)  # what a level is found from; `rank` has the rules
 SHARED, FIRST_COME, SHORTEST = range(3)  # order inside a level
 
 DEFAULT_SEND_BUFFER_BYTES = 4_000_000  # Linux's default maximum of tcp_wmem; a stock host shows about half of it
@@ -33,10 +33,10 @@ class Scheme:
 
     Attributes:
         name: as in results.
-        basis: what the level is found from, ATTAINED ... PLACED.
+        basis: what the level is found from, ATTAINED ... WRITTEN.
         order: inside a level, SHARED, FIRST_COME or SHORTEST.
         thresholds: ascending bytes between the levels; empty for one level.
-        send_buffer_bytes: how much of its backlog a flow shows (BACKLOG and PLACED).
+        send_buffer_bytes: how much of its backlog a flow shows (BACKLOG and WRITTEN).
         queue_bytes: what stands in a queue that several flows share.
     """
 
@@ -74,7 +74,7 @@ NAMES = {
     "pias-published": "mlfq with the published thresholds nearest in workload, load and K",
     "equal-split": "mlfq with thresholds at the k/K quantiles of the flow sizes",
     "backlog": "K levels by what remains, where the send buffer shows all of it",
-    "backlog-sink": "as backlog when a message starts, afterwards it only sinks",
+    "written": "K levels by bytes sent and those that wait in the send buffer (the data path's mode = backlog)",
     "las": f"least attained service first ({_FINE_LEVELS} levels, 25 % apart)",
     "srpt": "shortest remaining size first: knows everything, the bound",
 }
@@ -94,7 +94,7 @@ def scheme(
 
     Args:
         name: a key of `NAMES`.
-        thresholds: for mlfq, qlas, qsjf, backlog and backlog-sink; others have their own.
+        thresholds: for mlfq, qlas, qsjf, backlog and written; others have their own.
         levels: K where no thresholds are given, 8 by default.
         send_buffer_bytes: visible backlog.
         distribution: the flow sizes, needed by equal-split.
@@ -122,7 +122,7 @@ def scheme(
         return Scheme(name, thresholds=_floats(found.thresholds))
     if name in ("qlas", "qsjf") and thresholds is None:
         given = published("websearch", levels or DEFAULT_LEVELS, 0.8).thresholds
-    basis = {"qsjf": SIZE, "backlog": BACKLOG, "backlog-sink": PLACED}.get(name, ATTAINED)
+    basis = {"qsjf": SIZE, "backlog": BACKLOG, "written": WRITTEN}.get(name, ATTAINED)
     return Scheme(name, basis=basis, thresholds=_floats(given), send_buffer_bytes=float(round(send_buffer_bytes)))
 
 

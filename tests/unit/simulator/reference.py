@@ -61,12 +61,15 @@ def replay(
             left = size_bytes[i] - sent[i]
             stops = [left]
             stops += [b - sent[i] for b in boundaries] + [left - b for b in boundaries] + [left - buffer_bytes]
+            stops += [b - buffer_bytes - sent[i] for b in boundaries]
             step = min(step, min(s for s in stops if s > 1e-6) / rate if left > 1e-6 else 0.0)
         for i, rate in zip(flows, rates, strict=True):
             sent[i] += rate * step
             for b in boundaries:  # stand exactly on what was reached
                 if abs(sent[i] - b) < 1e-5:
                     sent[i] = b
+                if abs(sent[i] + buffer_bytes - b) < 1e-5:
+                    sent[i] = b - buffer_bytes
                 if abs(size_bytes[i] - sent[i] - b) < 1e-5:
                     sent[i] = size_bytes[i] - b
             if abs(size_bytes[i] - sent[i] - buffer_bytes) < 1e-5:

@@ -24,7 +24,7 @@ def test_equal_split_is_the_published_one() -> None:
 
 def test_schemes_take_what_they_are_given() -> None:
     given = Thresholds.of([10, 20])
-    for name in ("mlfq", "qlas", "qsjf", "backlog", "backlog-sink"):
+    for name in ("mlfq", "qlas", "qsjf", "backlog", "written"):
         assert scheme(name, thresholds=given).thresholds == (10.0, 20.0)
     for name in NAMES:
         assert scheme(name, distribution=WEB, levels=4).name == name

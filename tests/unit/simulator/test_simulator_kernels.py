@@ -11,7 +11,7 @@ import pytest
 from simulator.engine import Simulation, simulate
 from simulator.physics import IDEAL
 from simulator.results import FlowResults
-from simulator.schemes import BACKLOG, PLACED, REMAINING, SHORTEST, SIZE, Scheme
+from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme
 from simulator.sharing import TOLERANCE
 from simulator.topology import Topology, leaf_spine, star
 from simulator.workloads.arrivals import poisson
@@ -30,7 +30,7 @@ SCHEMES = {
     "qsjf": Scheme("qsjf", basis=SIZE, thresholds=THRESHOLDS),
     "remaining": Scheme("remaining", basis=REMAINING, thresholds=THRESHOLDS),
     "backlog": Scheme("backlog", basis=BACKLOG, thresholds=THRESHOLDS, send_buffer_bytes=BUFFER),
-    "sink": Scheme("sink", basis=PLACED, thresholds=THRESHOLDS, send_buffer_bytes=BUFFER),
+    "written": Scheme("written", basis=WRITTEN, thresholds=THRESHOLDS, send_buffer_bytes=BUFFER),
 }
 
 
@@ -41,8 +41,8 @@ def level_of(scheme: Scheme, attained: float, remaining: float) -> int:
         return reached(attained)
     if scheme.name == "qsjf":
         return reached(attained + remaining)
-    if scheme.name == "sink":
-        return max(reached(min(attained + remaining, BUFFER)), reached(attained))
+    if scheme.name == "written":
+        return reached(min(attained + remaining, attained + BUFFER))
     if scheme.name == "backlog" and remaining > BUFFER:
         return reached(max(attained, BUFFER))
     return bisect_left(scheme.thresholds, remaining)
