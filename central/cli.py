@@ -21,8 +21,10 @@ _FLAGS = {
     "authorized_keys": "link.authorized_keys",
     "insecure": "link.insecure",
     "scheme": "policy.scheme",
+    "learn": "policy.learn",
     "interval": "policy.interval_s",
     "log_thresholds": "central.threshold_log",
+    "state_dir": "central.state_dir",
     "run_dir": "central.run_dir",
 }
 
@@ -45,8 +47,10 @@ def central_options(command: CommandT) -> CommandT:
 @click.option("--authorized-keys", metavar="DIR", help="Folder of the hosts' public key files.")
 @click.option("--insecure", is_flag=True, default=None, help="No keys at all; on loopback only.")
 @click.option("--scheme", metavar="NAME", help="How thresholds are chosen: optimiser or fixed.")
+@click.option("--learn", metavar="MODE", help="on: try what the learner proposes; shadow: only tell it; off.")
 @click.option("--interval", metavar="SECONDS", help="Time between decisions.")
 @click.option("--log-thresholds", metavar="FILE", help="Add a JSON line to FILE for every change of thresholds.")
+@click.option("--state-dir", metavar="DIR", help="Keep what was learned and promoted there over restarts.")
 def run(config_path: Path | None, settings: tuple[str, ...], **flags: Any) -> None:
     """Listen to the hosts and decide, until stopped.
 
@@ -56,17 +60,16 @@ def run(config_path: Path | None, settings: tuple[str, ...], **flags: Any) -> No
     start_logging()
     from contextlib import closing
 
-    from central.daemon import Central
+    from central.daemon import Central, Workers
     from central.link import CentralLink
-    from central.worker import Worker
     from fabricpilot.control import ControlServer
 
     with (
         ControlServer(_control_socket(config)) as control,
         closing(CentralLink(config.link)) as link,
-        closing(Worker(config.policy)) as worker,
+        closing(Workers.start(config)) as workers,
     ):
-        Central(config, link, control, worker).run()
+        Central(config, link, control, workers).run()
 
 
 @central.command()
@@ -84,6 +87,29 @@ def status(config_path: Path | None, settings: tuple[str, ...], as_json: bool, *
     from central.status import show
 
     show(told)
+
+
+@central.command()
+@central_options
+@click.option("--resume", "mode", flag_value="learning", help="Try what the learner proposes (with policy.learn on).")
+@click.option("--optimiser-only", "mode", flag_value="optimiser", help="Return to the scheme's own decisions at once.")
+@click.option("--freeze", "mode", flag_value="frozen", help="The same, and let nothing change any more.")
+@json_option
+def guard(config_path: Path | None, settings: tuple[str, ...], mode: str | None, as_json: bool, **flags: Any) -> None:
+    """Show what the guard is at, or stop learning from having any effect.
+
+    A mode holds until the next one, over restarts too if central has a state folder.
+    """
+    config = _config(config_path, settings, flags)
+    from fabricpilot.control import ask
+
+    told = ask(_control_socket(config), f"guard {mode}" if mode else "guard", timeout_s=5.0)
+    if as_json:
+        print_json({"mode": told["guard_mode"], "groups": {_name(g): g["guard"] for g in told["groups"]}})
+        return
+    from central.status import show_guard
+
+    show_guard(told)
 
 
 @central.command()
@@ -127,6 +153,10 @@ def _config(config_path: Path | None, settings: tuple[str, ...], flags: dict[str
     if not config.central.run_dir:
         raise FabricpilotError("central.run_dir is empty; give a folder, for example /run/fabricpilot-central")
     return config
+
+
+def _name(group: dict[str, Any]) -> str:
+    return f"{group['name']}, K = {group['levels']}"
 
 
 def _control_socket(config: CentralConfig) -> Path:

@@ -1,45 +1,87 @@
 """Central's loop: listen to all hosts, decide every few seconds, tell those whom it concerns.
 
-One thread and one poller over the link, its handshakes, the control socket, the policy worker and signals:
+One thread and one poller over the link, its handshakes, the control socket, the workers and signals:
 
     Hello  -> registry -> the group's policy at once, if there is one
-    Report -> registry -> now and then the policy again (repairs what was lost, and shows that central lives)
-    every policy.interval_s: summaries of all groups -> worker (another process)
-    decisions from the worker -> new epoch -> broadcast to the group's hosts
+    Report -> registry, guard -> now and then the policy again (repairs what was lost, and shows that central lives)
+    every policy.interval_s: summaries of all groups -> policy worker, learner worker (other processes)
+    decisions, proposals -> steering (guards) -> enforcement -> new epochs to the hosts they are for
 
-Nothing is kept on disk: hosts go on with what they have while central is away, and introduce themselves when it is
-back. Epochs come from the clock, so those of a restarted central are above those the hosts know.
+Hosts go on with what they have while central is away, and introduce themselves when it is back. What was promoted and
+learned is kept in `central.state_dir`, if there is one.
 """
 
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import zmq
 
+from central.deciding import Deciding
+from central.enforcement import Enforcement
+from central.guard.memory import GuardMemory
+from central.learning import Learned, Learning, Lesson, find_learner
 from central.link import Arrival, CentralLink
 from central.planner.announced import Announced
 from central.planner.desk import PlanDesk
+from central.policy import policy_of
 from central.policy.base import Decision, GroupSummary
-from central.registry import Host, InForce, Registry
+from central.registry import Registry
+from central.snapshot import group_status, host_status
+from central.steering import Steering
 from central.threshold_log import ThresholdLog
-from central.worker import Decided, Worker
+from central.worker import Answered, Worker
 from fabricpilot import __version__, notify
 from fabricpilot.config import CentralConfig
 from fabricpilot.control import ControlServer
+from fabricpilot.errors import UsageError
 from fabricpilot.stopping import StopSignal, stop_signal
-from fabricpilot.wire import Ack, Hello, Identify, Policy, Refused, Report
+from fabricpilot.wire import Hello, Identify, Refused, Report
 
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5  # how often lost hosts are looked for
-_REPEAT_S = 5.0  # how often a host is sent its policy again
+_ADVANCE_S = 0.2  # how often trials are looked at
 _DECISIONS_KEPT = 128  # for the quantiles of decision time in the status
 _MAX_NAMES = 5  # of hosts in one log line
-_MS_PER_DAY = 86_400_000
+_LEARNER_GRACE_S = 10.0  # for its last checkpoint
+
+PolicyWorker = Worker[list[GroupSummary], list[Decision]]
+LearnerWorker = Worker[Lesson, Learned]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes beside the daemon; the learner's only if something is to be learned."""
+
+    policy: PolicyWorker
+    learner: LearnerWorker | None
+
+    @classmethod
+    def start(cls, config: CentralConfig) -> "Workers":
+        """Start those that the configuration asks for.
+
+        Raises:
+            UsageError: the scheme or the learner does not exist; told here rather than by a worker that dies.
+        """
+        policy_of(config.policy)
+        learner = None
+        if config.policy.learn != "off":
+            find_learner(config.policy.learner)
+            learner = LearnerWorker("learner", partial(Learning, config.policy, state_folder(config)))
+        return cls(PolicyWorker("policy", partial(Deciding, config.policy)), learner)
+
+    def close(self) -> None:
+        """End them; the learner may write a last checkpoint."""
+        self.policy.close()
+        if self.learner is not None:
+            self.learner.close(_LEARNER_GRACE_S)
 
 
 class Central:
@@ -49,31 +91,40 @@ class Central:
         config: everything it reads.
         link: already listening.
         control: already listening; its answer is set here.
-        worker: already running.
+        workers: already running.
     """
 
-    def __init__(self, config: CentralConfig, link: CentralLink, control: ControlServer, worker: Worker) -> None:
+    def __init__(self, config: CentralConfig, link: CentralLink, control: ControlServer, workers: Workers) -> None:
         policy = config.policy
         self.registry = Registry(policy.window_s, config.central.host_timeout_s, policy.shared_rate)
+        self._enforcement = Enforcement(
+            self.registry, link, ThresholdLog(config.central.threshold_log), policy.expiry_s
+        )
+        self.steering = Steering(config, self.registry, self._enforcement, GuardMemory(state_folder(config)))
         self._config = config
         self._link = link
         self._control = control
-        self._worker = worker
-        self._log = ThresholdLog(config.central.threshold_log)
-        self._repeat_s = min(_REPEAT_S, policy.expiry_s / 3)
-        self._epoch = 0
+        self._workers = workers
         self._started_at = time.time()
         self._unidentified = 0
         self._decision_s: deque[float] = deque(maxlen=_DECISIONS_KEPT)
+        self._learned: Answered[Lesson, Learned] | None = None
         self._reports = 0
         self._reports_per_s = 0.0
         self.announced = Announced()
         self._plans = PlanDesk(config.central.planners, link.send, self.announced)
-        control.answer = lambda _request: self.status()
+        control.answer = self.answer
 
     def run(self) -> None:
         """Run until SIGINT or SIGTERM."""
-        log.info("central %s listens on %s, policy %s", __version__, self._link.endpoint, self._config.policy.scheme)
+        policy = self._config.policy
+        log.info(
+            "central %s listens on %s, policy %s, learning %s",
+            __version__,
+            self._link.endpoint,
+            policy.scheme,
+            policy.learn,
+        )
         with stop_signal() as stop:
             notify.ready()
             try:
@@ -101,24 +152,33 @@ class Central:
         self._reports += 1
         if was_lost:
             log.info("host %s is back", host.name)
-        if now_s - host.told_s >= self._repeat_s:
-            self._tell([host], now_s)
+        self.steering.reported(host, message, now_s)
 
-    def apply(self, decided: Decided, now_s: float) -> None:
-        """Put the worker's decisions into force."""
+    def apply(self, decided: Answered[list[GroupSummary], list[Decision]], now_s: float) -> None:
+        """Put the scheme's decisions into force."""
         self._decision_s.append(decided.seconds)
-        for summary, decision in zip(decided.summaries, decided.decisions, strict=True):
-            group = self.registry.groups.get(summary.group)
-            if group is None:  # its last host was forgotten meanwhile
-                continue
-            group.verdict[summary.levels] = decision.reason
-            if decision.thresholds is not None:
-                self._enforce(summary, decision, now_s)
+        for summary, decision in zip(decided.asked, decided.answer, strict=True):
+            self.steering.decide(summary, decision, now_s)
+
+    def consider(self, learned: Answered[Lesson, Learned], now_s: float) -> None:
+        """Hand the learner's proposals to the guards."""
+        self._learned = learned
+        for summary, proposal in zip(learned.asked.asked, learned.answer.proposals, strict=True):
+            self.steering.propose(summary, proposal, now_s)
+
+    def answer(self, request: str) -> dict[str, Any]:
+        """The answer to a control request: `status`, or `guard MODE`."""
+        what, _, mode = request.partition(" ")
+        if what == "guard" and mode:
+            self.steering.switch(mode, time.monotonic())
+        elif what not in ("status", "guard"):
+            raise UsageError(f"control request '{request[:64]}' is unknown; ask for status or guard")
+        return self.status()
 
     def status(self) -> dict[str, Any]:
         """What `fabricpilot central status` shows."""
         now_s = time.monotonic()
-        times = sorted(self._decision_s)
+        hosts = sorted(self.registry.hosts.values(), key=lambda host: host.name)
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -126,20 +186,19 @@ class Central:
             "endpoint": self._link.endpoint,
             "insecure": self._config.link.insecure,
             "scheme": self._config.policy.scheme,
-            "epoch": self._epoch,
+            "objective": self._config.policy.objective,
+            "guard_mode": self.steering.mode,
+            "epoch": self._enforcement.epoch,
             "reports_per_s": round(self._reports_per_s, 1),
-            "decision_s": {
-                "last": round(self._decision_s[-1], 6) if times else None,
-                "p50": round(times[len(times) // 2], 6) if times else None,
-                "max": round(times[-1], 6) if times else None,
-            },
-            "worker_restarts": self._worker.restarts,
+            "decision_s": _quantiles(self._decision_s),
+            "worker_restarts": self._workers.policy.restarts,
+            "learner": self._learner_status(),
             "link": {**self._link.counters, "unidentified": self._unidentified, "handshakes": self._link.handshakes},
             "plans": self._plans.status(now_s),
-            "groups": [self._group_status(summary, now_s) for summary in self.registry.summaries(now_s)],
-            "hosts": [
-                _host_status(host, now_s) for host in sorted(self.registry.hosts.values(), key=lambda host: host.name)
+            "groups": [
+                group_status(self.registry, self.steering, summary, now_s) for summary in self.registry.summaries(now_s)
             ],
+            "hosts": [host_status(self.registry, host, now_s) for host in hosts],
         }
 
     def _loop(self, stop: StopSignal) -> None:
@@ -147,34 +206,56 @@ class Central:
         for readable in (*self._link.sockets, self._control.socket, stop.wake):
             poller.register(readable, zmq.POLLIN)
         interval_s = self._config.policy.interval_s
-        started_s = swept_s = time.monotonic()
-        decide_at = started_s + interval_s
-        worker_fd = -1
+        swept_s = advanced_s = time.monotonic()
+        decide_at = swept_s + interval_s
+        watched: list[int] = []
         while not stop.asked:
-            if worker_fd != self._worker.fileno():  # another worker, or none until the next round
-                if worker_fd >= 0:
-                    poller.unregister(worker_fd)
-                worker_fd = self._worker.fileno()
-                if worker_fd >= 0:
-                    poller.register(worker_fd, zmq.POLLIN)
-            due = min(decide_at, swept_s + _SWEEP_S)
+            watched = self._watch_workers(poller, watched)
+            due = min(decide_at, swept_s + _SWEEP_S, advanced_s + _ADVANCE_S)
             ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
             now_s = time.monotonic()
             for arrival in self._link.receive():
                 self.handle(arrival, now_s)
             if self._control.socket in ready:
                 self._control.serve()
-            if worker_fd in ready or self._worker.busy:
-                decided = self._worker.collect()
-                if decided is not None:
-                    self.apply(decided, now_s)
+            self._collect(self._workers.policy, self.apply, now_s)
+            if self._workers.learner is not None:
+                self._collect(self._workers.learner, self.consider, now_s)
             if now_s >= decide_at:
-                if not self._worker.busy:
-                    self._worker.submit(list(self.registry.summaries(now_s)))
+                self._ask(now_s)
                 decide_at = max(decide_at + interval_s, now_s + interval_s / 2)
+            if now_s - advanced_s >= _ADVANCE_S:
+                self.steering.advance(now_s)
+                advanced_s = now_s
             if now_s - swept_s >= _SWEEP_S:
                 self._sweep(now_s, now_s - swept_s)
                 swept_s = now_s
+
+    def _watch_workers(self, poller: zmq.Poller, watched: Sequence[int]) -> list[int]:
+        """Have the poller wake for the workers there are now: a worker may have been replaced, or have gone."""
+        workers = [self._workers.policy, self._workers.learner]
+        present = [worker.fileno() for worker in workers if worker is not None and worker.fileno() >= 0]
+        if present != watched:
+            for descriptor in watched:
+                poller.unregister(descriptor)
+            for descriptor in present:
+                poller.register(descriptor, zmq.POLLIN)
+        return present
+
+    def _ask(self, now_s: float) -> None:
+        """A new round for the workers that are done with the one before."""
+        summaries = list(self.registry.summaries(now_s))
+        if not self._workers.policy.busy:
+            self._workers.policy.submit(self.steering.questions(summaries))
+        if self._workers.learner is not None and not self._workers.learner.busy:
+            self._workers.learner.submit(self.steering.lesson(summaries, now_s))
+
+    def _collect(
+        self, worker: Worker[Any, Any], use: Callable[[Answered[Any, Any], float], None], now_s: float
+    ) -> None:
+        answered = worker.collect()
+        if answered is not None:
+            use(answered, now_s)
 
     def _introduce(self, arrival: Arrival, hello: Hello, now_s: float) -> None:
         known = self.registry.hosts.get(arrival.host)
@@ -192,41 +273,7 @@ class Central:
                 hello.backend,
                 hello.queues,
             )
-        self._tell([host], now_s)
-
-    def _enforce(self, summary: GroupSummary, decision: Decision, now_s: float) -> None:
-        assert decision.thresholds is not None
-        reported = [host.epoch for host in self.registry.hosts.values()]
-        self._epoch = next_epoch(self._epoch, reported, int(time.time() * 1000))
-        in_force = InForce(decision.thresholds, self._epoch, decision.reason, time.time())
-        self.registry.groups[summary.group].in_force[summary.levels] = in_force
-        hosts = self.registry.members(summary.group, summary.levels)
-        log.info(
-            "group %s, K = %d: thresholds %s to %d hosts, epoch %d (%s)",
-            summary.group,
-            summary.levels,
-            list(decision.thresholds.bytes),
-            len(hosts),
-            self._epoch,
-            decision.reason,
-        )
-        self._log.write(summary, in_force)
-        self._tell(hosts, now_s)
-
-    def _tell(self, hosts: list[Host], now_s: float) -> None:
-        """Send hosts of one group and K the policy in force there, or that central is there."""
-        in_force = self.registry.groups[hosts[0].hello.group].in_force.get(hosts[0].hello.levels) if hosts else None
-        message: Policy | Ack = Ack(epoch=0)
-        if in_force is not None:
-            message = Policy(
-                epoch=in_force.epoch,
-                thresholds=list(in_force.thresholds.bytes),
-                expiry_s=self._config.policy.expiry_s,
-                reason=in_force.reason[:256],
-            )
-        self._link.send([host.peer for host in hosts], message)
-        for host in hosts:
-            host.told_s = now_s
+        self.steering.joined(host, now_s)
 
     def _sweep(self, now_s: float, elapsed_s: float) -> None:
         self._plans.step(now_s)
@@ -238,60 +285,51 @@ class Central:
         self._reports = 0
         notify.watchdog()
 
-    def _group_status(self, summary: GroupSummary, now_s: float) -> dict[str, Any]:
-        group = self.registry.groups[summary.group]
-        in_force = group.in_force.get(summary.levels)
-        hosts = self.registry.members(summary.group, summary.levels)
-        return {
-            "name": summary.group,
-            "levels": summary.levels,
-            "hosts": summary.hosts,
-            "applied": sum(host.epoch == in_force.epoch for host in hosts) if in_force else 0,
-            "thresholds": list(in_force.thresholds.bytes) if in_force else None,
-            "epoch": in_force.epoch if in_force else 0,
-            "reason": in_force.reason if in_force else "",
-            "last_decision": group.verdict.get(summary.levels, ""),
-            "since": round(in_force.since, 3) if in_force else None,
-            "flows": round(summary.flows, 1),
-            "load": round(summary.load, 4),
-            "size_p50_bytes": _number(summary.sizes.quantile(0.5)),
-            "size_p99_bytes": _number(summary.sizes.quantile(0.99)),
-            "duration_p50_us": _number(group.durations.quantile(0.5, now_s)),
-            "duration_p99_us": _number(group.durations.quantile(0.99, now_s)),
+    def _learner_status(self) -> dict[str, Any]:
+        worker, last = self._workers.learner, self._learned
+        told: dict[str, Any] = {"mode": self._config.policy.learn}
+        if worker is None:
+            return told
+        stats = last.answer.stats if last else None
+        return told | {
+            "name": self._config.policy.learner,
+            "running": worker.pid is not None,
+            "restarts": worker.restarts,
+            "round_s": round(last.seconds, 6) if last else None,
+            "failures": last.answer.failures if last else 0,
+            "checkpoint_age_s": last.answer.checkpoint_age_s if last else None,
+            "transitions": stats.transitions if stats else 0,
+            "updates": stats.updates if stats else 0,
+            "reward": stats.reward if stats else None,
+            "noise": stats.noise if stats else None,
         }
 
 
-def next_epoch(last: int, reported: Iterable[int], now_ms: int) -> int:
-    """The epoch of a new policy: Unix milliseconds, but always above what was given out or reported before.
+def state_folder(config: CentralConfig) -> Path | None:
+    """The folder that outlives a restart, made if it is missing; None: nothing is kept.
 
-    A reported epoch more than a day ahead of the clock is no epoch of ours and is not followed, so that no host can
-    drive the count to its end.
+    Raises:
+        UsageError: it cannot be made or written.
     """
-    ours = (epoch for epoch in reported if epoch < now_ms + _MS_PER_DAY)
-    return max(now_ms, last + 1, max(ours, default=0) + 1)
+    if not config.central.state_dir:
+        return None
+    folder = Path(config.central.state_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(f"cannot make {folder} (central.state_dir): {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write in {folder} (central.state_dir); give a folder of the daemon's own")
+    return folder
 
 
-def _host_status(host: Host, now_s: float) -> dict[str, Any]:
+def _quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Last, middle and longest."""
+    if not seconds:
+        return {"last": None, "p50": None, "max": None}
+    times = sorted(seconds)
     return {
-        "name": host.name,
-        "group": host.hello.group,
-        "state": "lost" if host.lost else "up",
-        "seen_s": round(now_s - host.seen_s, 2),
-        "levels": host.hello.levels,
-        "backend": host.hello.backend,
-        "queues": host.hello.queues,
-        "version": host.hello.version,
-        "epoch": host.epoch,
-        "link_rate_bps": host.hello.link_rate_bps,
-        "sent_bps": round(host.sent_bps),
-        "reports": host.reports,
-        "missed": host.missed,
-        "restarts": host.restarts,
-        "active": host.active,
-        "long": host.long,
+        "last": round(seconds[-1], 6),
+        "p50": round(times[len(times) // 2], 6),
+        "max": round(times[-1], 6),
     }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if value != value else round(value, 1)

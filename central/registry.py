@@ -9,12 +9,12 @@ import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from central.outcomes import Experience, experienced, outcome_of
-from central.policy.base import SAMPLE_FLOWS, GroupSummary
+from central.outcomes import Experience, Experienced, experienced, outcome_of
+from central.policy.base import SAMPLE_FLOWS, GroupSummary, Outcome
 from central.windows import ForgettingWindow, influence, running_counts, size_distribution
 from fabricpilot.config import parse_rate
 from fabricpilot.histogram import BINS, LogHistogram
@@ -53,9 +53,19 @@ class Host:
     interval_s: float = 1.0
     sent_bps: float = 0.0  # payload, faded over the window
     epoch: int = 0  # of the policy in force there
+    reissued: tuple[int, "InForce"] | None = (
+        None  # policy sent with an epoch of its own, instead of that with epoch [0]
+    )
+    settled: bool = False  # it was the same at the report before: what the last one tells came of it
     active: int = 0
     long: int = 0
     told_s: float = -math.inf  # when central last sent it anything
+    cluster: int = 0  # part of its group that it was found to belong to; 0: the group is not divided
+
+    @property
+    def group(self) -> str:
+        """Whose policy it gets: the group it says, or a part of that."""
+        return f"{self.hello.group}/{self.cluster}" if self.cluster else self.hello.group
 
 
 @dataclass
@@ -68,16 +78,24 @@ class InForce:
     since: float  # Unix seconds
 
 
+@dataclass(frozen=True)
+class OnTrial:
+    """The thresholds that some hosts have instead, for a while."""
+
+    policy: InForce
+    hosts: frozenset[str]
+
+
 @dataclass
 class Group:
-    """Hosts that get the same thresholds; where they differ in K, each K has its own."""
+    """Hosts that get the same thresholds but for trials; where they differ in K, each K has its own."""
 
     name: str
     durations: ForgettingWindow
     sample: deque[FlowSummary] = field(default_factory=lambda: deque(maxlen=SAMPLE_FLOWS))  # finished short flows
     sampled: int = SAMPLE_FLOWS  # at most so many of one report, so that each host has its part
     in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
-    verdict: dict[int, str] = field(default_factory=dict)  # K -> what the last decision said
+    on_trial: dict[int, OnTrial] = field(default_factory=dict)  # K -> policy of the hosts on trial
 
 
 class Registry:
@@ -104,9 +122,10 @@ class Registry:
         if host is None:
             host = Host(name, peer, hello, now_s, ForgettingWindow(self._window_s), Experience(self._window_s))
             self.hosts[name] = host
+        if hello.group != host.hello.group:
+            host.cluster = 0
         host.peer, host.hello, host.seen_s, host.lost, host.epoch = peer, hello, now_s, False, hello.epoch
-        if hello.group not in self.groups:
-            self.groups[hello.group] = Group(hello.group, ForgettingWindow(self._window_s))
+        self._enter_group(host)
         return host
 
     def report(self, name: str, peer: bytes, report: Report, now_s: float) -> Host | None:
@@ -120,14 +139,47 @@ class Registry:
         host.interval_s = min(interval_s, 60.0)
         host.peer, host.seen_s, host.lost = peer, now_s, False
         host.reports += 1
+        host.settled = report.epoch == host.epoch
+        if not host.settled:  # what came of the thresholds before says nothing of these
+            host.experience = Experience(self._window_s)
         host.epoch, host.active, host.long = report.epoch, report.active, report.long
         host.sizes.add(report.sizes, now_s)
         host.running = running_counts([flow.size_bytes for flow in report.long_flows], report.long)
-        group = self.groups[host.hello.group]
+        group = self.groups[host.group]
         group.durations.add(report.durations, now_s)
-        host.experience.add(experienced(report.finished_sample, self._rate_bps(host)), now_s)
+        if host.settled:
+            host.experience.add(self.experienced(host, report), now_s)
         self._sample(group, host, report)
         return host
+
+    def move(self, host: Host, cluster: int) -> None:
+        """Put a host into another part of its group."""
+        host.cluster = cluster
+        self._enter_group(host)
+
+    def experienced(self, host: Host, report: Report) -> Experienced:
+        """What the flows of the report's sample experienced."""
+        return experienced(report.finished_sample, self._rate_bps(host))
+
+    def shared_policy_of(self, host: Host) -> InForce | None:
+        """What the host is to have now; None before the first decision for its group."""
+        group, levels = self.groups[host.group], host.hello.levels
+        on_trial = group.on_trial.get(levels)
+        if on_trial is not None and host.name in on_trial.hosts:
+            return on_trial.policy
+        return group.in_force.get(levels)
+
+    def policy_of(self, host: Host) -> InForce | None:
+        """The same as it was sent to this host: maybe with an epoch of its own."""
+        policy = self.shared_policy_of(host)
+        if policy is not None and host.reissued is not None and host.reissued[0] == policy.epoch:
+            return host.reissued[1]
+        return policy
+
+    def follows(self, host: Host) -> bool:
+        """Whether the host's last report tells what came of what it is to have."""
+        policy = self.policy_of(host)
+        return host.settled and policy is not None and host.epoch == policy.epoch
 
     def sweep(self, now_s: float) -> list[Host]:
         """Hosts that are lost since the last call. Those lost for long are forgotten, and groups without hosts."""
@@ -139,7 +191,7 @@ class Registry:
             elif not host.lost and silent_s > max(self._timeout_s, MISSED_REPORTS * host.interval_s):
                 host.lost = True
                 lost.append(host)
-        groups = {host.hello.group for host in self.hosts.values()}
+        groups = {host.group for host in self.hosts.values()}
         for name in [name for name in self.groups if name not in groups]:
             del self.groups[name]
         return lost
@@ -149,34 +201,53 @@ class Registry:
         return [
             host
             for host in self.hosts.values()
-            if host.hello.group == group and host.hello.levels == levels and not host.lost
+            if host.group == group and host.hello.levels == levels and not host.lost
         ]
 
-    def summaries(self, now_s: float) -> Iterator[GroupSummary]:
-        """One summary per group and K. Sizes and load are the whole group's: K does not shape the traffic."""
+    def summaries(self, now_s: float, group: str = "") -> Iterator[GroupSummary]:
+        """One summary per group and K. Sizes and load are the whole group's: K does not shape the traffic.
+
+        Args:
+            now_s: monotonic time.
+            group: the only one wanted; empty: all.
+        """
         present: dict[str, list[Host]] = defaultdict(list)
         for host in self.hosts.values():
-            if not host.lost:
-                present[host.hello.group].append(host)
+            if not host.lost and group in ("", host.group):
+                present[host.group].append(host)
         for name, hosts in sorted(present.items()):
-            group = self.groups[name]
-            group.sampled = max(1, SAMPLE_FLOWS // len(hosts))
+            known = self.groups[name]
+            known.sampled = max(1, SAMPLE_FLOWS // len(hosts))
             flows, sizes = self._sizes(hosts, now_s)
             load = self.load(hosts)
             for levels in sorted({host.hello.levels for host in hosts}):
-                in_force = group.in_force.get(levels)
+                in_force = known.in_force.get(levels)
+                same_levels = [host for host in hosts if host.hello.levels == levels]
                 yield GroupSummary(
                     group=name,
                     levels=levels,
-                    hosts=sum(host.hello.levels == levels for host in hosts),
+                    hosts=len(same_levels),
                     flows=flows,
                     load=load,
                     sizes=sizes,
                     thresholds=in_force.thresholds if in_force else None,
                     link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
-                    outcome=outcome_of([h.experience for h in hosts if h.hello.levels == levels], now_s),
-                    sample=tuple(group.sample),
+                    outcome=self._outcome(same_levels, in_force, now_s),
+                    sample=tuple(known.sample),
                 )
+
+    def on_trial(self, summary: GroupSummary, now_s: float) -> GroupSummary | None:
+        """The same of the hosts on trial: the challenger's thresholds, and what came of them; None without a trial."""
+        trial = self.groups[summary.group].on_trial.get(summary.levels)
+        if trial is None:
+            return None
+        hosts = [host for host in self.members(summary.group, summary.levels) if host.name in trial.hosts]
+        return replace(
+            summary,
+            hosts=len(hosts),
+            thresholds=trial.policy.thresholds,
+            outcome=self._outcome(hosts, trial.policy, now_s),
+        )
 
     def load(self, hosts: list[Host]) -> float:
         """Offered load of these hosts' bottleneck, a share of its rate, bounded to `LEAST_LOAD`..`MOST_LOAD`.
@@ -195,6 +266,10 @@ class Registry:
             load = sum(own) / len(own) if own else ASSUMED_LOAD
         return min(max(load, LEAST_LOAD), MOST_LOAD)
 
+    def _enter_group(self, host: Host) -> None:
+        if host.group not in self.groups:
+            self.groups[host.group] = Group(host.group, ForgettingWindow(self._window_s))
+
     def _rate_bps(self, host: Host) -> float:
         """Of the narrowest link that the host's flows are known to share; 0: unknown."""
         known = [rate for rate in (host.hello.link_rate_bps, self._shared_bps) if rate]
@@ -206,6 +281,12 @@ class Registry:
         last_bytes = in_force.thresholds.bytes[-1] if in_force else math.inf
         short = [flow for flow in report.finished_sample if flow.size_bytes < last_bytes]
         group.sample.extend(short[: group.sampled])
+
+    def _outcome(self, hosts: list[Host], policy: InForce | None, now_s: float) -> Outcome | None:
+        """What came of a policy on those of these hosts that follow it; of whatever they have if there is none."""
+        if policy is not None:
+            hosts = [host for host in hosts if self.follows(host) and self.shared_policy_of(host) is policy]
+        return outcome_of([host.experience for host in hosts], now_s)
 
     def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
         """Finished flows in the window, and the distribution of the sizes of all."""

@@ -1,4 +1,4 @@
-"""`central status` for people: tables of groups and hosts, and one line on the link."""
+"""`central status` and `central guard` for people: tables of groups, guards and hosts; lines on learner and link."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    groups = Table("group", "K", "applied", "load", "flows", "thresholds (bytes)")
+    groups = Table("group", "K", "applied", "load", "flows", "slowdown", "p99", "thresholds (bytes)")
     for group in told["groups"]:
         groups.add_row(
             group["name"],
@@ -27,6 +27,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
             f"{group['applied']} of {group['hosts']}",
             f"{group['load']:.2f}",
             f"{group['flows']:.0f}",
+            *_fared(group["outcome"]),
             " ".join(map(short, group["thresholds"] or [])) or "-",
         )
     console.print(groups)
@@ -37,6 +38,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    show_guard(told, console)
     hosts = Table("host", "group", "state", "seen", "queues", "bit/s", "active", "long", "missed")
     for host in told["hosts"]:
         hosts.add_row(
@@ -57,6 +59,55 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def show_guard(told: dict[str, Any], console: Console | None = None) -> None:
+    """What the guard is at, group by group, and how the learner does."""
+    console = console or Console()
+    console.print(f"guard mode {told['guard_mode']}; {_learner(told['learner'])}", highlight=False, soft_wrap=True)
+    guards = Table("group", "K", "trial", "challenger (bytes)", "effect", "promoted", "rolled back", "refused")
+    for group in told["groups"]:
+        guard = group["guard"]
+        if guard is None:
+            continue
+        guards.add_row(
+            group["name"],
+            str(group["levels"]),
+            guard["phase"] if guard["phase"] == "idle" else f"{guard['phase']}, round {guard['round']}",
+            " ".join(map(short, guard["challenger"] or guard["promoted"] or [])) or "-",
+            _effect(guard["effect"]),
+            str(guard["promotions"]),
+            str(guard["rollbacks"]),
+            str(guard["refused"]),
+        )
+    if guards.row_count:
+        console.print(guards)
+    for group in told["groups"]:
+        if group["guard"] and group["guard"]["last"]:
+            console.print(f"{group['name']}, K = {group['levels']}: {group['guard']['last']}", highlight=False)
+
+
+def _learner(told: dict[str, Any]) -> str:
+    if told["mode"] == "off":
+        return "learning is off"
+    if told["round_s"] is None:
+        return f"learner {told['name']} ({told['mode']}) has not answered yet, {told['restarts']} restart(s)"
+    return (
+        f"learner {told['name']} ({told['mode']}): {told['transitions']} transitions, {told['updates']} updates, "
+        f"last round {told['round_s'] * 1000:.0f} ms, {told['failures']} failure(s), {told['restarts']} restart(s)"
+    )
+
+
+def _effect(effect: dict[str, float | None] | None) -> str:
+    """Change of completion times with its interval."""
+    if effect is None or effect["mean"] is None:
+        return "-"
+    ends = ["?" if effect[end] is None else f"{effect[end]:+.1%}" for end in ("low", "high")]
+    return f"{effect['mean']:+.1%} ({ends[0]} to {ends[1]})"
+
+
+def _fared(outcome: dict[str, Any] | None) -> tuple[str, str]:
+    return (f"{outcome['mean_slowdown']:.2f}", f"{outcome['p99_slowdown']:.1f}") if outcome else ("-", "-")
 
 
 def short(value: float) -> str:

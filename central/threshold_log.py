@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 class ThresholdLog:
     """Appends to `path`; an empty path makes a log that writes nothing.
 
-    Each line: `time` (Unix seconds), `group`, `levels`, `epoch`, `thresholds` (bytes), `reason`, `flows`, `load`.
+    Each line: `time` (Unix seconds), `group`, `levels`, `epoch`, `thresholds` (bytes), `hosts` told, `reason`,
+    `flows`, `load`.
 
     Raises:
         UsageError: the file cannot be written.
@@ -30,7 +31,7 @@ class ThresholdLog:
             except OSError as error:
                 raise UsageError(f"cannot write {path} (central.threshold_log): {error.strerror}") from error
 
-    def write(self, summary: GroupSummary, in_force: InForce) -> None:
+    def write(self, summary: GroupSummary, in_force: InForce, hosts: int) -> None:
         """Add one change. A full disk is told once; it is no reason to stop."""
         if self._path is None:
             return
@@ -41,6 +42,7 @@ class ThresholdLog:
                 "levels": summary.levels,
                 "epoch": in_force.epoch,
                 "thresholds": list(in_force.thresholds.bytes),
+                "hosts": hosts,
                 "reason": in_force.reason,
                 "flows": round(summary.flows, 1),
                 "load": round(summary.load, 4),

@@ -1,59 +1,75 @@
-"""The process that decides: it runs the policy beside the daemon, so that the link never waits for an optimiser.
+"""A process beside the daemon for what takes time or may fail: the policy scheme in one, the learner in another.
 
-The daemon `submit`s the summaries of all groups, goes on serving its sockets, and takes the decisions when `fileno`
-becomes readable. A worker that dies or takes too long is replaced in the next round; thresholds stay meanwhile.
-When the daemon ends, however it ends, its end of the pipe closes and the worker leaves.
+The daemon `submit`s a question, goes on serving its sockets, and `collect`s the answer when `fileno` becomes readable.
+Neither waits: questions are written by a thread, as a worker that still loads its libraries does not read. A worker
+that dies or takes too long is replaced at the next question; hosts keep meanwhile what they have. When the daemon ends,
+however it ends, its end of the pipe closes and the worker leaves.
 """
 
+import contextlib
 import logging
 import multiprocessing
+import pickle
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Generic, Protocol, TypeVar
 
-from central.policy import policy_of
-from central.policy.base import Decision, GroupSummary, ThresholdPolicy
-from fabricpilot.config import PolicySection
-from fabricpilot.errors import FabricpilotError
+from fabricpilot.options import start_logging
 
 log = logging.getLogger(__name__)
 
-MAX_SECONDS = 60.0  # for one round of decisions; the first one also loads the libraries
+MAX_SECONDS = 60.0  # for one answer; the first one also loads the libraries
+
+AskedT = TypeVar("AskedT")
+AnswerT = TypeVar("AnswerT")
+AskedC = TypeVar("AskedC", contravariant=True)
+AnswerC = TypeVar("AnswerC", covariant=True)
+
+
+class Service(Protocol[AskedC, AnswerC]):
+    """What runs in a worker."""
+
+    def answer(self, asked: AskedC, /) -> AnswerC:
+        """The answer to one question."""
+
+    def close(self) -> None:
+        """The last call, when the daemon ends in good order."""
 
 
 @dataclass(frozen=True)
-class Decided:
-    """One round of decisions, in the order of the summaries."""
+class Answered(Generic[AskedT, AnswerT]):
+    """A question, its answer and the time the service itself took."""
 
-    summaries: list[GroupSummary]
-    decisions: list[Decision]
-    seconds: float  # the policy's own time
+    asked: AskedT
+    answer: AnswerT
+    seconds: float
 
 
-class Worker:
-    """A policy in a process of its own.
+class Worker(Generic[AskedT, AnswerT]):
+    """A service in a process of its own.
 
     Args:
-        section: which policy; checked here, so that a wrong one is told at start.
-
-    Raises:
-        UsageError: as `policy_of`.
+        name: of the service, for the log.
+        build: makes the service, in the new process; a function that pickles.
     """
 
-    def __init__(self, section: PolicySection) -> None:
-        policy_of(section)
+    def __init__(self, name: str, build: Callable[[], Service[AskedT, AnswerT]]) -> None:
+        self.name = name
         self.restarts = 0
-        self._section = section
-        self._asked: list[GroupSummary] | None = None
+        self._build = build
+        self._asked: AskedT | None = None
         self._asked_at = 0.0
         self._running: tuple[BaseProcess, Connection] | None = None
         self._start()
 
     @property
     def busy(self) -> bool:
-        """Whether a round is under way."""
+        """Whether a question is open."""
         return self._asked is not None
 
     @property
@@ -62,45 +78,47 @@ class Worker:
         return self._running[0].pid if self._running else None
 
     def fileno(self) -> int:
-        """Readable when decisions are there or the worker has died; -1 while there is no worker."""
+        """Readable when the answer is there or the worker has died; -1 while there is no worker."""
         return self._running[1].fileno() if self._running else -1
 
-    def submit(self, summaries: list[GroupSummary]) -> None:
-        """Begin a round; none must be under way. Starts a worker if the one before has died."""
+    def submit(self, asked: AskedT) -> None:
+        """Ask; no question must be open. Starts a worker if the one before has died."""
         if self._running is None:
             self.restarts += 1
             self._start()
         assert self._running is not None
-        self._asked, self._asked_at = summaries, time.monotonic()
-        try:
-            self._running[1].send(summaries)
-        except OSError:
-            self._drop("it died")
+        self._asked, self._asked_at = asked, time.monotonic()
+        threading.Thread(target=_send, args=(self._running[1], asked), daemon=True).start()
 
-    def collect(self) -> Decided | None:
-        """The round's decisions if they are there. Gives a worker up that died or takes too long."""
+    def collect(self) -> Answered[AskedT, AnswerT] | None:
+        """The answer if it is there. Gives a worker up that died or takes too long."""
         if self._running is None:
             return None
         pipe = self._running[1]
         try:
             if not pipe.poll():
                 if self._asked is not None and time.monotonic() - self._asked_at > MAX_SECONDS:
-                    self._drop(f"no decision within {MAX_SECONDS:g} s")
+                    self._drop(f"no answer within {MAX_SECONDS:g} s")
                 return None
-            decisions, seconds = pipe.recv()
+            answer, seconds = pipe.recv()
         except (EOFError, OSError):
             self._drop("it died")
             return None
+        except (pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError) as error:
+            self._drop(f"its answer is none: {error}")
+            return None
         asked, self._asked = self._asked, None
-        return Decided(asked or [], decisions, seconds)
+        return Answered(asked, answer, seconds) if asked is not None else None
 
-    def close(self) -> None:
-        """End the process. Idempotent."""
+    def close(self, grace_s: float = 0.0) -> None:
+        """End the process: at once, or after its service had `grace_s` seconds to close. Idempotent."""
         if self._running is not None:
             process, pipe = self._running
             self._running = self._asked = None
             pipe.close()
-            process.kill()  # it holds nothing that a gentler end would save
+            if grace_s:
+                process.join(grace_s)
+            process.kill()
             process.join()
             process.close()
 
@@ -108,40 +126,38 @@ class Worker:
         # spawn: a fork would share ZeroMQ's threads and sockets.
         context = multiprocessing.get_context("spawn")
         near, far = context.Pipe()
-        process = context.Process(
-            target=_decide_until_closed, args=(far, self._section), name="fabricpilot-policy", daemon=True
-        )
+        process = context.Process(target=_serve, args=(far, self._build), name=f"fabricpilot-{self.name}", daemon=True)
         process.start()
         far.close()
         self._running = (process, near)
 
     def _drop(self, why: str) -> None:
-        """Without a worker until the next round, so that one that cannot start is tried once per round."""
-        log.error("policy worker dropped: %s; thresholds stay as they are, the next round starts another", why)
+        """Without a worker until the next question, so that one that cannot start is tried once per question."""
+        log.error("%s worker dropped: %s; hosts keep what they have, the next round starts another", self.name, why)
         self.close()
 
 
-def _decide_until_closed(pipe: Connection, section: PolicySection) -> None:
-    """The worker process: decide whatever comes through the pipe."""
+def _send(pipe: Connection, asked: object) -> None:
+    """Write a question, as soon as there is room; `collect` finds out if the worker has gone."""
+    with contextlib.suppress(OSError, TypeError):  # TypeError: the pipe was closed while this waited
+        pipe.send(asked)
+
+
+def _serve(pipe: Connection, build: Callable[[], Service[AskedT, AnswerT]]) -> None:
+    """The worker process: answer whatever comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us
-    policy = policy_of(section)
+    start_logging()
+    service = build()
     while True:
         try:
-            summaries = pipe.recv()
-            begin = time.perf_counter()
-            decisions = [_decide(policy, summary) for summary in summaries]
-            pipe.send((decisions, time.perf_counter() - begin))
+            asked = pipe.recv()
         except (EOFError, OSError):
+            service.close()
             return
-
-
-def _decide(policy: ThresholdPolicy, summary: GroupSummary) -> Decision:
-    """One decision; a policy that fails leaves the thresholds as they are."""
-    try:
-        return policy.decide(summary)
-    except FabricpilotError as error:
-        return Decision(None, f"{policy.name}: {error}")
-    except Exception as error:
-        # One group's odd report must not take the decisions of all others with it.
-        log.exception("policy %s failed for group %s", policy.name, summary.group)
-        return Decision(None, f"{policy.name} failed: {type(error).__name__}")
+        begin = time.perf_counter()
+        answer = service.answer(asked)
+        try:
+            pipe.send((answer, time.perf_counter() - begin))
+        except OSError:
+            service.close()
+            return

@@ -143,6 +143,24 @@ class PolicySection(Section, frozen=True, kw_only=True):
     window_s: float = 60.0  # how much of the past a decision looks at (exponential forgetting)
     min_flows: int = 200  # finished flows in the window below which the thresholds stay as they are
     expiry_s: float = 3600.0  # a host that hears nothing for so long marks its policy as stale (it keeps it)
+    groups: Literal["configured", "clustered"] = "configured"  # clustered: split further by what hosts' sizes look like
+    learn: Literal["off", "shadow", "on"] = "off"  # shadow: learn and tell what it would do; on: try it, see [guard]
+    learner: str = "central.srla.online:OnlineSrla"  # module:class of the learner
+
+
+class GuardSection(Section, frozen=True, kw_only=True):
+    """`[guard]`: how what a learner proposes is tried before it counts."""
+
+    canary_share: float = 0.1  # of a group's hosts try a challenger first; at least one host, never all
+    canary_rounds: int = 12  # length of the canary phase, and of watching before it; a round: every host reports once
+    slice_rounds: int = 5  # then all hosts have it and do not have it by turns of so many rounds
+    max_pairs: int = 20  # of such turns, after which a challenger that is not clearly better goes
+    alpha: float = 0.05  # probability with which a challenger that is no better is promoted
+    max_harm: float = 1.5  # a challenger under which flows take so many times as long goes at once
+    rest_s: float = 30.0  # no new trial so long after one that failed; doubles with each failure, up to an hour
+    lowest_bytes: int = 1_000  # no threshold below
+    highest_bytes: int = 1_000_000_000  # nor above
+    max_step: float = 16.0  # factor by which one proposal may move a threshold
 
 
 class CentralSection(Section, frozen=True, kw_only=True):
@@ -152,6 +170,7 @@ class CentralSection(Section, frozen=True, kw_only=True):
     host_timeout_s: float = 5.0  # a host silent for so long is shown as lost
     threshold_log: str = ""  # file that gets one JSON line per change of thresholds; empty: none
     planners: list[str] = []  # names of keys that may ask for migration plans and announce migrations; empty: none
+    state_dir: str = ""  # folder that keeps what was learned and promoted over restarts; empty: nothing is kept
 
 
 class AgentConfig(Section, frozen=True, kw_only=True):
@@ -203,6 +222,7 @@ class CentralConfig(Section, frozen=True, kw_only=True):
     central: CentralSection = CentralSection()
     link: LinkSection = LinkSection(key="/etc/fabricpilot/central.key_secret")
     policy: PolicySection = PolicySection()
+    guard: GuardSection = GuardSection()
 
     def __post_init__(self) -> None:
         _check_range("policy.interval_s", self.policy.interval_s, 0.1, 86_400)
@@ -215,6 +235,16 @@ class CentralConfig(Section, frozen=True, kw_only=True):
         if self.policy.shared_rate:
             parse_rate(self.policy.shared_rate)
         _check_range("central.host_timeout_s", self.central.host_timeout_s, 0.5, 86_400)
+        _check_range("guard.canary_share", self.guard.canary_share, 0, 0.5)
+        _check_range("guard.canary_rounds", self.guard.canary_rounds, 2, 10_000)
+        _check_range("guard.slice_rounds", self.guard.slice_rounds, 1, 10_000)
+        _check_range("guard.max_pairs", self.guard.max_pairs, 5, 10_000)
+        _check_range("guard.alpha", self.guard.alpha, 1e-6, 0.5)
+        _check_range("guard.max_harm", self.guard.max_harm, 1.01, 1000)
+        _check_range("guard.rest_s", self.guard.rest_s, 0, 86_400)
+        _check_range("guard.lowest_bytes", self.guard.lowest_bytes, 1, self.guard.highest_bytes)
+        _check_range("guard.highest_bytes", self.guard.highest_bytes, self.guard.lowest_bytes, 2**60)
+        _check_range("guard.max_step", self.guard.max_step, 1.1, 1e12)
 
 
 ConfigT = TypeVar("ConfigT", AgentConfig, CentralConfig)

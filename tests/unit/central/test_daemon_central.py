@@ -5,14 +5,17 @@ import os
 import signal
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 
 import pytest
 
-from central.daemon import Central, next_epoch
+from central.daemon import Central, Workers
+from central.deciding import Deciding
+from central.enforcement import next_epoch
 from central.link import CentralLink
 from central.policy.base import Decision
 from central.threshold_log import ThresholdLog
-from central.worker import Decided, Worker
+from central.worker import Answered, Worker
 from fabricpilot.config import CentralConfig, CentralSection, LinkSection, PolicySection
 from fabricpilot.control import ControlServer
 from fabricpilot.errors import UsageError
@@ -27,6 +30,10 @@ class NoWorker:
     restarts = 0
 
 
+def deciding(**policy):
+    return Worker("policy", partial(Deciding, PolicySection(**policy)))
+
+
 class Rig:
     """A central without its loop: the test turns it."""
 
@@ -39,7 +46,7 @@ class Rig:
         )
         self.link = stack.enter_context(closing(CentralLink(config.link)))
         control = stack.enter_context(ControlServer(tmp_path / "central.sock"))
-        self.central = Central(config, self.link, control, NoWorker())
+        self.central = Central(config, self.link, control, Workers(NoWorker(), None))
         self.stack = stack
         self.hosts = {}
         self.heard = {}
@@ -68,7 +75,7 @@ class Rig:
         now = time.monotonic()
         summaries = [s for s in self.central.registry.summaries(now) if s.group == group]
         decision = Decision(Thresholds(values) if values else None, "for a test")
-        self.central.apply(Decided(summaries, [decision] * len(summaries), 0.001), now)
+        self.central.apply(Answered(summaries, [decision] * len(summaries), 0.001), now)
 
 
 @pytest.fixture
@@ -159,7 +166,7 @@ def test_groups_with_two_k_get_one_policy_each(rig, hello):
     now = time.monotonic()
     summaries = sorted(rig.central.registry.summaries(now), key=lambda s: s.levels)
     decisions = [Decision(Thresholds((9,)), "K = 2"), Decision(Thresholds((1, 2, 3)), "K = 4")]
-    rig.central.apply(Decided(summaries, decisions, 0.0), now)
+    rig.central.apply(Answered(summaries, decisions, 0.0), now)
     rig.until(lambda: rig.heard["a"] and rig.heard["b"])
     assert (rig.heard["a"][0].thresholds, rig.heard["b"][0].thresholds) == ([1, 2, 3], [9])
 
@@ -169,7 +176,7 @@ def test_a_decision_for_a_group_that_has_gone(rig, hello):
     now = time.monotonic()
     summaries = list(rig.central.registry.summaries(now))
     rig.central.registry.groups.clear()
-    rig.central.apply(Decided(summaries, [Decision(Thresholds((1, 2, 3)), "")], 0.0), now)
+    rig.central.apply(Answered(summaries, [Decision(Thresholds((1, 2, 3)), "")], 0.0), now)
 
 
 def test_status_and_log_tell_of_the_change(rig, hello, report):
@@ -216,31 +223,31 @@ def test_the_worker_decides_in_another_process(rig, hello, report):
     rig.connect(hello("a"))
     rig.hosts["a"].send(report("a", sizes=[1000] * 300 + [10**6] * 30))
     rig.until(lambda: rig.central.registry.hosts["a"].reports)
-    with closing(Worker(PolicySection())) as worker:
+    with closing(deciding()) as worker:
         summaries = list(rig.central.registry.summaries(time.monotonic()))
         worker.submit(summaries)
         assert worker.busy
         decided = collect(worker)
-        assert decided.decisions[0].thresholds.levels == 4
+        assert decided.answer[0].thresholds.levels == 4
         assert not worker.busy
         assert worker.pid != os.getpid()
 
 
 def test_a_worker_that_dies_is_replaced_in_the_next_round():
-    with closing(Worker(PolicySection())) as worker:
+    with closing(deciding()) as worker:
         worker.submit([])
-        assert collect(worker).decisions == []
+        assert collect(worker).answer == []
         os.kill(worker.pid, signal.SIGKILL)
         wait(lambda: worker.collect() is None and worker.fileno() == -1)
         assert not worker.busy
         worker.submit([])
-        assert collect(worker).decisions == []
+        assert collect(worker).answer == []
         assert worker.restarts == 1
 
 
 def test_a_worker_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr("central.worker.MAX_SECONDS", 0.05)
-    with closing(Worker(PolicySection())) as worker:
+    with closing(deciding()) as worker:
         os.kill(worker.pid, signal.SIGSTOP)
         worker.submit([])
         wait(lambda: worker.collect() is None and not worker.busy)
@@ -250,9 +257,9 @@ def test_a_worker_that_hangs_is_given_up(monkeypatch):
 def test_a_policy_that_fails_leaves_things_as_they_are(rig, hello):
     rig.connect(hello("a"))
     summaries = list(rig.central.registry.summaries(time.monotonic()))  # no flows, and min_flows = 0 asks for them
-    with closing(Worker(PolicySection(min_flows=0))) as worker:
+    with closing(deciding(min_flows=0)) as worker:
         worker.submit(summaries)
-        (decision,) = collect(worker).decisions
+        (decision,) = collect(worker).answer
     assert decision.thresholds is None
     assert "empty" in decision.reason
 
