@@ -46,7 +46,7 @@ def central_options(command: CommandT) -> CommandT:
 @click.option("--key", metavar="FILE", help="Own secret key file.")
 @click.option("--authorized-keys", metavar="DIR", help="Folder of the hosts' public key files.")
 @click.option("--insecure", is_flag=True, default=None, help="No keys at all; on loopback only.")
-@click.option("--scheme", metavar="NAME", help="How thresholds are chosen: optimiser or fixed.")
+@click.option("--scheme", metavar="NAME", help="How thresholds are chosen, by name; a wrong one shows all.")
 @click.option("--learn", metavar="MODE", help="on: try what the learner proposes; shadow: only tell it; off.")
 @click.option("--interval", metavar="SECONDS", help="Time between decisions.")
 @click.option("--log-thresholds", metavar="FILE", help="Add a JSON line to FILE for every change of thresholds.")

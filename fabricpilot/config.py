@@ -134,8 +134,9 @@ class LinkSection(Section, frozen=True, kw_only=True):
 class PolicySection(Section, frozen=True, kw_only=True):
     """`[policy]`: what central decides, and how often."""
 
-    scheme: Literal["optimiser", "fixed"] = "optimiser"  # fixed: `thresholds` below, whatever is reported
-    thresholds: list[int] = []  # for the fixed scheme: K-1 ascending bytes
+    scheme: str = "optimiser"  # how thresholds are chosen, by name; docs/schemes.md has all
+    thresholds: list[int] = []  # K-1 ascending bytes, for schemes that do not adapt; empty: what the scheme has for K
+    workload: Literal["websearch", "datamining"] = "websearch"  # pias-published, pias-mismatched: what traffic this is
     objective: Literal["fct", "slowdown", "tail"] = "fct"  # what the optimiser minimises
     min_gain: float = 0.01  # predicted improvement (a share) below which thresholds stay as they are
     shared_rate: str = ""  # bottleneck that a group's hosts share, "10Gbit"; empty: each host's own NIC is it

@@ -6,6 +6,7 @@ figure 13, read off the plot).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
@@ -97,7 +98,7 @@ def published(workload: str, levels: int, load: float, kind: str = "optimised") 
     return min(fitting, key=lambda row: abs(row.load - load) if row.load is not None else 1.0)
 
 
-def workload_of(name: str) -> str:
+def workload_of(name: str) -> Literal["websearch", "datamining"]:
     """`websearch` or `datamining`: which published thresholds belong to a distribution or trace of that name.
 
     Names that say neither get `websearch`, the thresholds a mismatched PIAS would run with.

@@ -85,12 +85,13 @@ def simulate(
     fabricpilot simulate --cdf websearch_dctcp_bytes_trafficgenerator --load 0.8 --scheme fair,mlfq,backlog,srpt
     fabricpilot simulate --trace flows.csv --scheme mlfq --thresholds 20480,1048576 --out fct.csv
     """
-    from simulator.schemes import NAMES
-
     wanted = [name.strip() for given in names or ("fair",) for name in given.split(",") if name.strip()]
     if wanted == ["help"]:
-        width = max(map(len, NAMES))
-        click.echo("\n".join(f"{name:{width}}  {text}" for name, text in NAMES.items()))
+        from simulator.brought import all_names
+
+        known = all_names()
+        width = max(map(len, known))
+        click.echo("\n".join(f"{name:{width}}  {text}" for name, text in known.items()))
         return
     if (trace_file is None) == (cdf is None):
         raise UsageError("give either --trace FILE or --cdf NAME")
@@ -283,15 +284,26 @@ def _schemes(
     load: float,
 ) -> "dict[str, Scheme]":
     """Schemes by the name results call them."""
-    from simulator.schemes import scheme
+    from simulator.brought import all_names, source_of
+    from simulator.schemes import DEFAULT_LEVELS, scheme
 
+    known = all_names()
     given = None if thresholds is None else Thresholds.of(_whole_bytes(part) for part in thresholds.split(","))
     buffers = [part.strip() for part in send_buffer.split(",")]
     found = {}
     for name in wanted:
-        seen = name in ("backlog", "written")
+        if name not in known:
+            raise UsageError(f"scheme '{name}' is unknown; choose from: {', '.join(known)}")
+        source = source_of(name)
+        seen = name in ("backlog", "written", "fabricpilot-backlog")
         for buffer in buffers if seen else buffers[:1]:
             key = f"{name} {buffer}" if seen and len(buffers) > 1 else name
+            if source is not None:
+                chosen = source.scheme(
+                    name, workload.sizes(), load, levels or DEFAULT_LEVELS, parse_size(buffer), workload.name
+                )
+                found[key] = chosen if given is None else chosen.with_thresholds(given)
+                continue
             found[key] = scheme(
                 name,
                 thresholds=given,

@@ -53,6 +53,9 @@ def plan_options(command: CommandT) -> CommandT:
             show_default=True,
             help="Seconds between central's decisions.",
         ),
+        click.option(
+            "--send-buffer", default="", help="Of every connection from its beginning, 4MB.  [default: as Linux has it]"
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be made and run, and change nothing."),
     ):
         command = option(command)
@@ -65,9 +68,9 @@ def plan_options(command: CommandT) -> CommandT:
 @json_option
 def demo(out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Show the main job: one trace under FIFO and under fabricpilot, and what it changes."""
-    from testbed.schemes import SCHEMES
+    from testbed.schemes import DEMO
 
-    _experiment(SCHEMES, out, as_json, dry_run, options)
+    _experiment(DEMO, out, as_json, dry_run, options)
 
 
 @testbed.command()
@@ -76,13 +79,36 @@ def demo(out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True, help="Results.")
 @json_option
 def run(schemes: tuple[str, ...], out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Run one trace under the schemes named: fifo, fabricpilot, fabricpilot-backlog."""
-    from testbed.schemes import ALL_SCHEMES
+    """Run one trace under the schemes named; `testbed schemes` lists them."""
+    from testbed.schemes import check_names
 
-    for scheme in schemes:
-        if scheme not in ALL_SCHEMES:
-            raise UsageError(f"scheme '{scheme}' is unknown; choose from {', '.join(ALL_SCHEMES)}")
+    check_names(schemes)
     _experiment(tuple(dict.fromkeys(schemes)), out, as_json, dry_run, options)
+
+
+@testbed.command()
+@json_option
+def schemes(as_json: bool) -> None:
+    """List the schemes, and how they differ here from what the simulator does under the same name."""
+    from central.policy.schemes import SCHEMES
+
+    if as_json:
+        print_json(
+            {
+                name: {"text": scheme.text, "on_network": scheme.on_network, "refusal": scheme.refusal}
+                for name, scheme in SCHEMES.items()
+            }
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, scheme in SCHEMES.items():
+        table.add_row(name, scheme.described)
+    Console().print(table, highlight=False)
 
 
 @testbed.command()
@@ -108,6 +134,7 @@ def clean(force: bool, dry_run: bool, as_json: bool) -> None:
                 (len(removal.namespaces), "namespaces"),
                 (len(removal.processes), "processes"),
                 (len(removal.mounts), "mounts"),
+                (len(removal.cgroups), "cgroups"),
             )
             click.echo(f"run {removal.run}: {verb} {', '.join(f'{n} {what}' for n, what in counts)}")
     if not removals:
@@ -115,11 +142,17 @@ def clean(force: bool, dry_run: bool, as_json: bool) -> None:
 
 
 def _experiment(schemes: Sequence[str], out: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
+    from simulator.cli import parse_size
     from testbed.flows.recorded import make_trace
     from testbed.netns.registry import need_root
     from testbed.plan import RunPlan
 
-    plan = RunPlan(rate_bps=parse_rate(options.pop("rate")), **options)
+    send_buffer = options.pop("send_buffer")
+    plan = RunPlan(
+        rate_bps=parse_rate(options.pop("rate")),
+        send_buffer_bytes=parse_size(send_buffer) if send_buffer else 0,
+        **options,
+    )
     trace = make_trace(plan.recipe)  # before anything is made, so that a wrong workload is told at once
     if dry_run:
         _show_plan(plan, len(trace), trace.offered_load, schemes, out)

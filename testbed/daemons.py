@@ -19,7 +19,7 @@ from typing import Any
 
 from fabricpilot.control import ask
 from fabricpilot.errors import FabricpilotError, KernelError
-from fabricpilot.levels import Thresholds
+from fabricpilot.levels import DEFAULT_LEVELS, Thresholds
 from testbed.capture.oracle import InForce
 from testbed.netns.programs import Program, Programs
 from testbed.netns.star import DATA_PORT, Host, StarPlan
@@ -49,7 +49,11 @@ class Daemons:
         programs: starts them.
         rate_bps: rate of the bottleneck; central is told that the senders share it.
         decision_s: how often central decides.
-        mode: of the agents' data path, "backlog" or "attained".
+        mode: of the agents' data path, as `datapath.mode`.
+        scheme: how central chooses thresholds, as `policy.scheme`.
+        levels: K.
+        thresholds: what agents begin with and central keeps to; None: the defaults, and what the scheme has.
+        hints: applications in the hosts' cgroups may say how large their messages are.
     """
 
     star: StarPlan
@@ -57,6 +61,10 @@ class Daemons:
     rate_bps: int
     decision_s: float
     mode: str = "attained"
+    scheme: str = "optimiser"
+    levels: int = DEFAULT_LEVELS
+    thresholds: Thresholds | None = None
+    hints: bool = False
     central: Program | None = None
     agents: dict[str, Program] = field(default_factory=dict)
 
@@ -107,7 +115,12 @@ class Daemons:
                 "key": str(keys / "central.key_secret"),
                 "authorized_keys": str(keys / "hosts"),
             },
-            policy={"interval_s": self.decision_s, "shared_rate": f"{self.rate_bps}bit"},
+            policy={
+                "scheme": self.scheme,
+                "thresholds": self._thresholds,
+                "interval_s": self.decision_s,
+                "shared_rate": f"{self.rate_bps}bit",
+            },
         )
         self.central = self._daemon("central", self.star.controller, ["central", "run", "--config", str(config)])
 
@@ -127,6 +140,9 @@ class Daemons:
             datapath={
                 "pin_dir": str(self.dir / "bpf" / host.name),
                 "mode": self.mode,
+                "levels": self.levels,
+                "thresholds": self._thresholds,
+                "hint_cgroups": [self.star.run.make_cgroup(host.name)] if self.hints else [],
                 # One connection carries one message here, as the ground truth has it, however its sender pauses.
                 "message_gap_us": 60_000_000,
             },
@@ -165,6 +181,10 @@ class Daemons:
         """Which thresholds this host had when, from its agent's log."""
         log = self.programs.log_dir / f"agent-{host.name}.log"
         return read_history(log.read_text(errors="replace").splitlines())
+
+    @property
+    def _thresholds(self) -> list[int]:
+        return list(self.thresholds.bytes) if self.thresholds is not None else []
 
     def _daemon(self, name: str, namespace: str, arguments: Sequence[str]) -> Program:
         return self.programs.start(name, namespace, [*_FABRICPILOT, *arguments])

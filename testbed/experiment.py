@@ -22,7 +22,6 @@ from testbed.capture.packets import read_packets
 from testbed.capture.ring import RingCapture
 from testbed.daemons import Daemons, Usage
 from testbed.flows.calibration import REPEATS, SIZES, Calibration, calibrate
-from testbed.flows.protocol import CONGESTION_CONTROL
 from testbed.flows.recorded import RecordedTrace, make_trace
 from testbed.flows.replay import replay
 from testbed.flows.results import Results
@@ -33,7 +32,16 @@ from testbed.netns.star import BOTTLENECK_PORT, MTU_BYTES, RTO_MIN_MS, StarPlan
 from testbed.netns.switch_port import PortCounters, port_counters, shape
 from testbed.netns.tcp import TcpCounters, base_rtt_us, tcp_counters
 from testbed.plan import RunPlan
-from testbed.schemes import BACKLOG, DSCP, FIFO, in_force
+from testbed.schemes import (
+    check_kernel,
+    check_names,
+    dscp_of,
+    has_agents,
+    in_force,
+    ranks_by_more_than_sent,
+    thresholds_of,
+    transport_of,
+)
 
 
 class Steps(Protocol):
@@ -89,10 +97,12 @@ def run_experiment(
     Raises:
         FabricpilotError: with one line that says what failed; nothing of the star is left.
     """
+    check_names(schemes)
     trace = make_trace(plan.recipe)
-    with star_in_place(plan.senders, steps, runtime_dir) as star:
+    with star_in_place(plan.senders, steps, runtime_dir, plan.send_buffer_bytes) as star:
+        check_kernel(schemes, star, _programs(star, out_dir), plan.rate_bps, plan.buffer_bytes)
         calibration = _calibrate(plan, star, trace, out_dir / "calibration", steps)
-        environment = _environment(plan, star)
+        environment = _environment(plan, schemes, star)
         outcomes = {}
         for scheme in schemes:
             outcomes[scheme] = _run_scheme(plan, scheme, star, trace, out_dir / scheme, steps)
@@ -100,13 +110,15 @@ def run_experiment(
 
 
 @contextmanager
-def star_in_place(senders: int, steps: Steps, runtime_dir: Path = RUNTIME_DIR) -> Iterator[StarPlan]:
+def star_in_place(
+    senders: int, steps: Steps, runtime_dir: Path = RUNTIME_DIR, send_buffer_bytes: int = 0
+) -> Iterator[StarPlan]:
     """A star while the context lasts. SIGTERM and SIGHUP end it like Ctrl-C does."""
     run = Run.create(runtime_dir)
     with _signals(_leave, signal.SIGTERM, signal.SIGHUP):
         try:
             steps.begin(f"build the star: {senders} senders, 1 receiver", 1)
-            star = StarPlan(run, senders)
+            star = StarPlan(run, senders, send_buffer_bytes)
             star.build()
             steps.advance(1)
             yield star
@@ -133,9 +145,10 @@ def _run_scheme(
     plan: RunPlan, scheme: str, star: StarPlan, trace: RecordedTrace, out_dir: Path, steps: Steps
 ) -> SchemeOutcome:
     programs = _programs(star, out_dir)
-    window = _CaptureWindow(plan, star) if scheme != FIFO else None
+    window = _CaptureWindow(plan, star) if has_agents(scheme) else None
+    thresholds = thresholds_of(scheme, plan.recipe)
     steps.begin(f"{scheme}: get ready", 1)
-    with in_force(scheme, star, programs, plan.rate_bps, plan.buffer_bytes, plan.decision_s) as daemons:
+    with in_force(scheme, star, programs, plan.rate_bps, plan.buffer_bytes, plan.decision_s, thresholds) as daemons:
         steps.begin(f"{scheme}: {len(trace):,} flows", len(trace))
         began_ns = time.time_ns()
         tcp_before = tcp_counters(star)
@@ -147,7 +160,8 @@ def _run_scheme(
 
         try:
             drain_s = plan.drain_s(int(trace.size_bytes.max()))
-            results = replay(star, programs, trace, out_dir, drain_s=drain_s, progress=progress)
+            transport = transport_of(scheme)
+            results = replay(star, programs, trace, out_dir, drain_s=drain_s, progress=progress, transport=transport)
         finally:
             if window is not None:
                 window.stop()
@@ -163,7 +177,7 @@ def _run_scheme(
     results.save(out_dir / "flows.csv")
     if window is not None and daemons is not None:
         steps.begin("check the DSCP of captured packets", 1)
-        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap", scheme == BACKLOG)
+        outcome.capture = window.verdict(daemons, out_dir / "capture.pcap", scheme)
         steps.advance(1)
     return outcome
 
@@ -191,8 +205,8 @@ class _CaptureWindow:
             self._stopped = True
             self.ring.stop()
 
-    def verdict(self, daemons: Daemons, pcap: Path, written: bool) -> Capture:
-        """Check what was captured."""
+    def verdict(self, daemons: Daemons, pcap: Path, scheme: str) -> Capture:
+        """Check what was captured under a scheme."""
         assert self.ring is not None, "the traffic ended before the capture began"
         history: dict[str, Sequence[InForce]] = {}
         for host in self.star.sender_hosts:
@@ -201,7 +215,10 @@ class _CaptureWindow:
         window_s = (self.ring.ended_ns - self.ring.began_ns) / 1e9
         missed = self.ring.missed
         self.ring.close()
-        return Capture(pcap, packets, missed, window_s, check(read_packets(pcap), history, DSCP, written=written))
+        written = ranks_by_more_than_sent(scheme)
+        dscp = dscp_of(scheme)
+        assert dscp is not None
+        return Capture(pcap, packets, missed, window_s, check(read_packets(pcap), history, dscp, written=written))
 
 
 def _programs(star: StarPlan, out_dir: Path) -> Programs:
@@ -212,7 +229,8 @@ def _programs(star: StarPlan, out_dir: Path) -> Programs:
 def _timeline(daemons: Daemons, star: StarPlan, began_ns: int) -> list[dict[str, Any]]:
     """Thresholds over time: what the agents began with, then central's changes."""
     first = daemons.history(star.sender_hosts[0])[0]
-    line: list[dict[str, Any]] = [{"time_s": 0.0, "thresholds": list(first.thresholds.bytes), "reason": "default"}]
+    reason = "default" if daemons.thresholds is None else "of the scheme"
+    line: list[dict[str, Any]] = [{"time_s": 0.0, "thresholds": list(first.thresholds.bytes), "reason": reason}]
     if daemons.threshold_log.exists():
         for text in daemons.threshold_log.read_text().splitlines():
             entry = json.loads(text)
@@ -221,7 +239,7 @@ def _timeline(daemons: Daemons, star: StarPlan, began_ns: int) -> list[dict[str,
     return line
 
 
-def _environment(plan: RunPlan, star: StarPlan) -> dict[str, Any]:
+def _environment(plan: RunPlan, schemes: Sequence[str], star: StarPlan) -> dict[str, Any]:
     """What the numbers depend on, stated."""
     memory = call_in(
         star.receiver.namespace,
@@ -237,7 +255,7 @@ def _environment(plan: RunPlan, star: StarPlan) -> dict[str, Any]:
         "base_rtt_us": round(base_rtt_us(star), 1),
         "mtu_bytes": MTU_BYTES,
         "segmentation_offload": "off in effect (gso_max_segs 1): one packet is one wire packet",
-        "tcp_congestion_control": CONGESTION_CONTROL.decode(),
+        "tcp_congestion_control": ", ".join({transport_of(name).congestion_control: 0 for name in schemes}),
         "tcp_rto_min_ms": RTO_MIN_MS,
         "tcp_initial_rto_ms": 1000,
         **memory,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fabricpilot.errors import UsageError
 from testbed.flows.recorded import Recipe
-from testbed.netns.star import MAX_SENDERS
+from testbed.netns.star import MAX_SENDERS, MIN_SEND_BUFFER_BYTES
 from testbed.schemes import DSCP
 
 # Short names for the distributions people ask for most; any name of `simulator.workloads` works too.
@@ -34,6 +34,7 @@ class RunPlan:
         buffer_bytes: what the bottleneck's port queues in all.
         scale: factor on the distribution's sizes.
         decision_s: how often central decides.
+        send_buffer_bytes: what a connection's send buffer holds from its beginning; 0: as Linux has it.
 
     Raises:
         UsageError: a value out of bounds, naming the option.
@@ -48,6 +49,7 @@ class RunPlan:
     buffer_bytes: int = 256_000
     scale: float = 0.1
     decision_s: float = 5.0
+    send_buffer_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check("--load", self.load, 0.01, 0.99)
@@ -58,6 +60,8 @@ class RunPlan:
         _check("--buffer", self.buffer_bytes, 1500 * len(DSCP), 100_000_000)
         _check("--scale", self.scale, 1e-4, 10)
         _check("--decision-interval", self.decision_s, 0.1, 3600)
+        if self.send_buffer_bytes:
+            _check("--send-buffer", self.send_buffer_bytes, MIN_SEND_BUFFER_BYTES, 1 << 30)
 
     @property
     def recipe(self) -> Recipe:

@@ -1,59 +1,166 @@
-"""The schemes under comparison: what queues the packets at the bottleneck, and who tags them.
+"""The schemes on the star: what queues the packets at the bottleneck, who tags them, and how senders are set up.
 
-Both have the same rate and the same buffer at the switch's port; only the order of service differs.
+What a name stands for is said in `central.policy.schemes`; here it is put into place. All have the same rate and the
+same buffer at the switch's port; only the order of service differs.
 
-- `fifo`: one queue, no agents. What a plain switch does.
-- `fabricpilot`: strict priority by DSCP at the port, an agent on every sender, central deciding the thresholds; the
-  level of a flow is that of the bytes sent so far, as in AuTO and PIAS.
-- `fabricpilot-backlog`: the same, but the level is that of the bytes written to the flow's socket so far.
+    fifo          one queue, cubic                       marked       one ECN-marked queue, DCTCP at both ends
+    fair-queues   a queue per flow (sch_fq, fq_codel)    bands        strict priority by DSCP, an agent on every sender,
+                                                                      central choosing the thresholds
+
+Thresholds that do not adapt are for flow sizes as published; a run scales sizes, and so these thresholds by as much.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
+from central.policy.schemes import SCHEMES, find
+from fabricpilot.config import DatapathSection
 from fabricpilot.errors import FabricpilotError, UsageError
-from fabricpilot.levels import DEFAULT_LEVELS, default_dscp
+from fabricpilot.levels import DEFAULT_LEVELS, Thresholds, default_dscp
 from testbed.daemons import Daemons
+from testbed.flows.protocol import Transport
+from testbed.flows.recorded import Recipe
 from testbed.netns.programs import Programs
-from testbed.netns.star import StarPlan
-from testbed.netns.switch_port import shape
+from testbed.netns.star import BOTTLENECK_PORT, StarPlan
+from testbed.netns.switch_port import shape, shape_fair_queues
+from testbed.transport.dctcp import DCTCP
 
 FIFO = "fifo"
 FABRICPILOT = "fabricpilot"
-BACKLOG = "fabricpilot-backlog"
-SCHEMES = (FIFO, FABRICPILOT)  # of the demo
-ALL_SCHEMES = (*SCHEMES, BACKLOG)
+DEMO = (FIFO, FABRICPILOT)
 
 DSCP = default_dscp(DEFAULT_LEVELS)  # what agents mark by default, and so what the switch serves by
 
+_MARKING_S = 0.0024  # queue at which an ECN-marking port begins to mark, as time on the link; docs/transport.md
 
-def dscp_of(scheme: str) -> tuple[int, ...] | None:
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `UsageError` unless every name is that of a scheme that a network can run."""
+    for name in names:
+        scheme = find(name)
+        if scheme.refusal:
+            raise UsageError(f"scheme '{name}' cannot run on a network: {scheme.refusal}")
+
+
+def runnable() -> list[str]:
+    """Names of all schemes that a network can run."""
+    return [name for name, scheme in SCHEMES.items() if not scheme.refusal]
+
+
+def has_agents(name: str) -> bool:
+    """Whether agents rank flows under this scheme."""
+    return find(name).rank is not None
+
+
+def ranks_by_more_than_sent(name: str) -> bool:
+    """Whether a flow may be on a lower level than its bytes sent say: by what was written or announced."""
+    rank = find(name).rank
+    return DatapathSection().mode != "attained" if rank == "default" else rank in ("written", "hinted")
+
+
+def dscp_of(name: str) -> tuple[int, ...] | None:
     """What the switch serves by, None for one queue."""
-    return None if scheme == FIFO else DSCP
+    return default_dscp(find(name).levels) if has_agents(name) else None
+
+
+def transport_of(name: str) -> Transport:
+    """How the flows' ends are set up."""
+    scheme = find(name)
+    return Transport(DCTCP if scheme.port == "marked" else "cubic", hints=scheme.rank == "hinted")
+
+
+def thresholds_of(name: str, recipe: Recipe) -> Thresholds | None:
+    """The thresholds that a scheme keeps for the whole run, at the trace's scale; None: it has none, or they adapt.
+
+    Raises:
+        UsageError: none are published for this workload.
+    """
+    scheme = find(name)
+    if scheme.policy is None or scheme.adapts:
+        return None
+    from central.policy.simulated import thresholds_for
+    from simulator.workloads.distribution import SizeDistribution
+
+    sizes = SizeDistribution.load(recipe.workload)
+    published = thresholds_for(name, sizes, recipe.load, scheme.levels, recipe.workload)
+    return Thresholds.of(max(round(value * recipe.scale), 1 + level) for level, value in enumerate(published.bytes))
+
+
+def check_kernel(names: Sequence[str], star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int) -> None:
+    """Raise `KernelError` if the kernel lacks what one of them needs: now, not after minutes of others' traffic."""
+    for name in names:
+        if find(name).port in ("fair-queues", "marked"):
+            with _port_in_force(name, star, programs, rate_bps, buffer_bytes):
+                pass
 
 
 @contextmanager
 def in_force(
-    scheme: str, star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int, decision_s: float
+    name: str,
+    star: StarPlan,
+    programs: Programs,
+    rate_bps: int,
+    buffer_bytes: int,
+    decision_s: float,
+    thresholds: Thresholds | None = None,
 ) -> Iterator[Daemons | None]:
     """The star under a scheme, while the context lasts; gives the daemons, None where there are none.
 
+    Flows are then sent with `transport_of(name)`.
+
+    Args:
+        name: of the scheme.
+        star: built.
+        programs: starts what is needed.
+        rate_bps: rate of the bottleneck.
+        buffer_bytes: what it queues in all.
+        decision_s: how often central decides.
+        thresholds: those of a scheme that does not adapt (`thresholds_of`); None: what central has for it.
+
     Raises:
-        UsageError: there is no such scheme.
+        UsageError: there is no such scheme, or no network can run it.
+        KernelError: the kernel lacks what it needs.
         FabricpilotError: the port cannot be shaped or a daemon does not start.
     """
-    if scheme not in ALL_SCHEMES:
-        raise UsageError(f"scheme '{scheme}' is unknown; choose one of {', '.join(ALL_SCHEMES)}")
-    shape(programs, star, rate_bps, buffer_bytes, dscp_of(scheme))
-    if scheme == FIFO:
-        yield None
-        return
-    daemons = Daemons(star, programs, rate_bps, decision_s, "backlog" if scheme == BACKLOG else "attained")
-    try:
-        daemons.start()
-        yield daemons
-    except BaseException:
-        with suppress(FabricpilotError):  # the first failure is the one to tell
-            daemons.stop()
-        raise
-    daemons.stop()
+    check_names([name])
+    with _port_in_force(name, star, programs, rate_bps, buffer_bytes):
+        if not has_agents(name):
+            yield None
+            return
+        scheme = find(name)
+        daemons = Daemons(
+            star,
+            programs,
+            rate_bps,
+            decision_s,
+            mode={"written": "backlog", "default": DatapathSection().mode}.get(str(scheme.rank), "attained"),
+            scheme=name,
+            levels=scheme.levels,
+            thresholds=thresholds,
+            hints=scheme.rank == "hinted",
+        )
+        try:
+            daemons.start()
+            yield daemons
+        except BaseException:
+            with suppress(FabricpilotError):  # the first failure is the one to tell
+                daemons.stop()
+            raise
+        daemons.stop()
+
+
+@contextmanager
+def _port_in_force(name: str, star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int) -> Iterator[None]:
+    """The bottleneck as the scheme wants it, and what the machine must have for that."""
+    port = find(name).port
+    shape(programs, star, rate_bps, buffer_bytes, dscp_of(name))
+    with ExitStack() as stack:
+        if port == "fair-queues":
+            shape_fair_queues(programs, star, buffer_bytes)
+        if port == "marked":
+            from testbed.transport import attach_marker, dctcp_registered
+
+            k_bytes = min(buffer_bytes // 2, round(rate_bps / 8 * _MARKING_S))
+            stack.enter_context(dctcp_registered())
+            stack.enter_context(attach_marker(star.switch, BOTTLENECK_PORT, k_bytes, rate_bps, "real"))
+        yield

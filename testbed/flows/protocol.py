@@ -9,7 +9,9 @@ these processes start fast and stay small.
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 PORT = 5001
 HEADER = struct.Struct("!IQ")  # flow number, size in bytes
@@ -17,18 +19,53 @@ REPLY = struct.Struct("!IQ")  # flow number, bytes received
 MIN_FLOW_BYTES = HEADER.size  # smaller flows are rounded up to this when a trace is made
 CHUNK_BYTES = 1 << 20
 
-# Stated, so that no machine's default (bbr on some) decides a result. Set per socket: a network namespace may not
-# choose a congestion control that the machine restricts, a process with CAP_NET_ADMIN (all of the testbed) may.
-CONGESTION_CONTROL = b"cubic"
+# What ebpf/hint.h listens for; examples/message_hint.py is the client for applications.
+_SOL_FABRICPILOT, _MESSAGE_BYTES = 0x4650, 1
 
 
-def tcp_socket(family: int) -> socket.socket:
-    """A TCP socket as every flow of the testbed uses it."""
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    with suppress(PermissionError):  # only without root, where nothing is measured
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
-    return made
+@dataclass(frozen=True)
+class Transport:
+    """How the ends of every flow are set up; sender and receiver processes get it as arguments.
+
+    Attributes:
+        congestion_control: stated, so that no machine's default (bbr on some) decides a result. Set per socket: a
+            network namespace may not choose one that the machine restricts, a process with CAP_NET_ADMIN (all of the
+            testbed) may.
+        hints: senders say the size of each flow before they write it.
+    """
+
+    congestion_control: str = "cubic"
+    hints: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the command line of sender and receiver."""
+        return [self.congestion_control, "hints"] if self.hints else [self.congestion_control]
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> "Transport":
+        """What `arguments` say; nothing at all is the default."""
+        return cls(arguments[0], "hints" in arguments[1:]) if arguments else cls()
+
+    def open(self, family: int) -> socket.socket:
+        """A TCP socket as every flow of the testbed uses it."""
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(PermissionError):  # only without root, where nothing is measured
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.congestion_control.encode())
+        return made
+
+    def announce(self, connection: socket.socket, size_bytes: int) -> None:
+        """Say how large the flow is, where that is wanted.
+
+        Raises:
+            OSError: nobody listens (ENOPROTOOPT), which under a scheme that ranks by hints is a failure.
+        """
+        if self.hints:
+            connection.setsockopt(_SOL_FABRICPILOT, _MESSAGE_BYTES, struct.pack("=Q", size_bytes))
+
+
+ORDINARY = Transport()
 
 
 def be_punctual() -> None:

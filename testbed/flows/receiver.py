@@ -3,7 +3,7 @@
 One thread per connection: the kernel does the waiting (MSG_WAITALL) and the throwing away (MSG_TRUNC: payload is
 counted, not copied), so a thread wakes up once per megabyte. Says `ready`; ends when its standard input closes.
 
-    python -m testbed.flows.receiver ADDRESS
+    python -m testbed.flows.receiver ADDRESS [CONGESTION_CONTROL]
 """
 
 import os
@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 
-from testbed.flows.protocol import CHUNK_BYTES, HEADER, PORT, REPLY, be_punctual, receive_exactly, say, tcp_socket
+from testbed.flows.protocol import CHUNK_BYTES, HEADER, PORT, REPLY, Transport, be_punctual, receive_exactly, say
 
 _DISCARD = bytearray(CHUNK_BYTES)  # never written to: recv_into wants a buffer of the size it is allowed to take
 
 
-def serve(address: str) -> None:
+def serve(address: str, transport: Transport) -> None:
     """Accept flows on `address` for ever."""
-    listener = tcp_socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listener = transport.open(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, PORT))
     listener.listen(4096)
@@ -51,7 +51,7 @@ def _receive(connection: socket.socket) -> None:
 def main() -> None:
     """Serve until standard input closes."""
     be_punctual()
-    threading.Thread(target=serve, args=(sys.argv[1],), daemon=True).start()
+    threading.Thread(target=serve, args=(sys.argv[1], Transport.of(sys.argv[2:])), daemon=True).start()
     sys.stdin.read()
     os._exit(0)  # threads may still wait for flows that nobody finishes
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fabricpilot.errors import FabricpilotError
+from testbed.flows.protocol import ORDINARY, Transport
 from testbed.flows.recorded import RecordedTrace
 from testbed.flows.results import LOST, Results
 from testbed.netns.programs import Program, Programs
@@ -30,10 +31,12 @@ def replay(
     *,
     drain_s: float,
     progress: Progress | None = None,
+    transport: Transport = ORDINARY,
 ) -> Results:
     """Send every flow of `trace`; those not completed `drain_s` after the last start are lost.
 
-    Writes `trace.csv` and the processes' logs in `out_dir`.
+    Writes `trace.csv` and the processes' logs in `out_dir`. Senders that hint run in the cgroups of their hosts, which
+    the agents have made theirs.
 
     Raises:
         FabricpilotError: a process did not start.
@@ -44,7 +47,7 @@ def replay(
     receiver = programs.start(
         "receiver",
         star.receiver.namespace,
-        [*module, "testbed.flows.receiver", star.receiver.address],
+        [*module, "testbed.flows.receiver", star.receiver.address, *transport.arguments],
         talk=True,
     )
     _await_ready([receiver])
@@ -53,8 +56,9 @@ def replay(
         programs.start(
             f"sender-s{n}",
             star.sender_hosts[n].namespace,
-            [*module, "testbed.flows.sender", str(path), str(n), star.receiver.address],
+            [*module, "testbed.flows.sender", str(path), str(n), star.receiver.address, *transport.arguments],
             talk=True,
+            cgroup=star.run.cgroup(star.sender_hosts[n].name) if transport.hints else None,
         )
         for n in numbers
     ]

@@ -5,7 +5,7 @@ the scheduled start (so a generator that is late cannot hide it) until the recei
 there. One thread and one TCP connection per flow; `sendall` leaves the waiting to the kernel, so that a flow costs a
 few wake-ups whatever its size.
 
-    python -m testbed.flows.sender TRACE.csv NUMBER ADDRESS
+    python -m testbed.flows.sender TRACE.csv NUMBER ADDRESS [CONGESTION_CONTROL [hints]]
 
 Says `ready`; reads one line, the CLOCK_MONOTONIC nanoseconds at which the trace begins; then says a line per flow,
 `FLOW LATE_NS FCT_NS` or `FLOW LATE_NS lost REASON`, and `end`. Ends when its standard input closes.
@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed.flows.protocol import HEADER, PORT, REPLY, be_punctual, receive_exactly, say, tcp_socket
+from testbed.flows.protocol import HEADER, PORT, REPLY, Transport, be_punctual, receive_exactly, say
 
 _FILLER = memoryview(bytes(1 << 22))
 
@@ -46,14 +46,14 @@ def read_share(path: Path, sender: int) -> list[Flow]:
         ]
 
 
-def send_all(flows: list[Flow], address: str, begin_ns: int) -> None:
+def send_all(flows: list[Flow], address: str, begin_ns: int, transport: Transport) -> None:
     """Start every flow at its time; return when all have ended."""
     threads = []
     for flow in flows:
         due_ns = begin_ns + flow.start_ns
         while (left_ns := due_ns - time.monotonic_ns()) > 0:
             time.sleep(left_ns / 1e9)
-        thread = threading.Thread(target=_send, args=(flow, address, due_ns), daemon=True)
+        thread = threading.Thread(target=_send, args=(flow, address, due_ns, transport), daemon=True)
         thread.start()
         threads.append(thread)
     for thread in threads:
@@ -61,11 +61,12 @@ def send_all(flows: list[Flow], address: str, begin_ns: int) -> None:
     say("end")
 
 
-def _send(flow: Flow, address: str, due_ns: int) -> None:
+def _send(flow: Flow, address: str, due_ns: int, transport: Transport) -> None:
     late_ns = time.monotonic_ns() - due_ns
     try:
-        with tcp_socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as connection:
+        with transport.open(socket.AF_INET6 if ":" in address else socket.AF_INET) as connection:
             connection.connect((address, PORT))
+            transport.announce(connection, flow.size_bytes)
             _write(connection, flow)
             connection.shutdown(socket.SHUT_WR)
             reply = receive_exactly(connection, REPLY.size)
@@ -92,13 +93,14 @@ def _write(connection: socket.socket, flow: Flow) -> None:
 def main() -> None:
     """Send one share, then wait for standard input to close."""
     path, sender, address = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    transport = Transport.of(sys.argv[4:])
     flows = read_share(path, sender)
     be_punctual()
     gc.disable()  # a collection in mid-run would make flows late; what this process allocates is bounded by its trace
     say("ready")
     line = sys.stdin.readline()
     if line:
-        threading.Thread(target=send_all, args=(flows, address, int(line)), daemon=True).start()
+        threading.Thread(target=send_all, args=(flows, address, int(line), transport), daemon=True).start()
         sys.stdin.read()
     os._exit(0)
 

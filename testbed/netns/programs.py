@@ -17,7 +17,7 @@ from typing import IO
 
 from fabricpilot.errors import FabricpilotError
 from testbed.netns.enter import argv_in
-from testbed.netns.registry import Run
+from testbed.netns.registry import Run, in_cgroup
 
 _STOP_S = 5.0
 
@@ -112,6 +112,7 @@ class Programs:
         argv: Sequence[str],
         *,
         talk: bool = False,
+        cgroup: str | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Program:
         """Start `argv` in the namespace.
@@ -121,6 +122,7 @@ class Programs:
             namespace: network namespace.
             argv: command line.
             talk: connect its standard input and output with us; otherwise its output goes to the log as its errors do.
+            cgroup: that it is to be in from its beginning, as `Run.make_cgroup` named it.
             environ: added to our environment.
         """
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ class Programs:
             log.unlink(missing_ok=True)  # of an earlier run in the same directory; a restart in this one adds to it
         with log.open("ab") as errors:
             popen = subprocess.Popen(
-                argv_in(namespace, argv),
+                argv_in(namespace, in_cgroup(cgroup, argv) if cgroup else argv),
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if talk else errors,
                 stderr=errors,

@@ -1,13 +1,14 @@
 """What the testbed has made on this machine, written down before it is made, so that all of it can be removed.
 
-Every run has a directory `/run/fabricpilot-testbed/<run>` with two append-only lists: `namespaces` (names) and
+Every run has a directory `/run/fabricpilot-testbed/<run>` with append-only lists: `namespaces`, `cgroups` (names) and
 `processes` (pid and start time: a pid alone may have been given to somebody else meanwhile). Whatever needs a bpffs
 mounts it below the run's directory. `clean` works from these lists only; it touches nothing that is not in them.
 
-Removal goes processes, mounts, namespaces, directory, and each step passes over what is already gone. A run whose owner
-is still alive is somebody's running demo: it is left alone unless forced.
+Removal goes processes, mounts, namespaces, cgroups, directory, and each step passes over what is already gone. A run
+whose owner is still alive is somebody's running demo: it is left alone unless forced.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +61,7 @@ class Removal:
     processes: list[int] = field(default_factory=list)
     mounts: list[str] = field(default_factory=list)
     namespaces: list[str] = field(default_factory=list)
+    cgroups: list[str] = field(default_factory=list)
     in_use_by: int = 0  # pid of the live owner: nothing was removed
 
 
@@ -96,6 +99,22 @@ class Run:
         """Name of the namespace with this role."""
         return f"{PREFIX}{self.name}-{role}"
 
+    def cgroup(self, role: str) -> str:
+        """Name of the cgroup with this role, as its path below where cgroup v2 is mounted."""
+        return f"/{self.namespace(role)}"
+
+    def make_cgroup(self, role: str) -> str:
+        """Make the cgroup with this role, unless it is there; returns its name.
+
+        Raises:
+            KernelError: cgroup v2 is not mounted.
+        """
+        name = self.cgroup(role)
+        if not _cgroup_directory(name).exists():
+            self._append("cgroups", name)
+            _cgroup_directory(name).mkdir()
+        return name
+
     def record_namespace(self, name: str) -> None:
         """Write the name down; do so before making it."""
         self._append("namespaces", name)
@@ -114,12 +133,13 @@ class Run:
     def contents(self) -> Removal:
         """What of this run is on the machine now."""
         processes = [Process(*entry) for entry in self._entries("processes")]
-        names = self._lines("namespaces")
+        names, cgroups = self._lines("namespaces"), self._lines("cgroups")
         return Removal(
             run=self.name,
             processes=[p.pid for p in processes if p.alive],
             mounts=_mounts_below(self.dir),
             namespaces=[n for n in names if n.startswith(self.namespace("")) and (NETNS_DIR / n).exists()],
+            cgroups=[n for n in cgroups if n.startswith(self.cgroup("")) and _cgroup_directory(n).exists()],
         )
 
     def remove(self) -> Removal:
@@ -137,6 +157,11 @@ class Run:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 failed.append(f"{what} ({done.stderr.strip()})")
+        for name in found.cgroups:
+            try:
+                _remove_cgroup(_cgroup_directory(name))
+            except OSError as error:
+                failed.append(f"{name} ({error.strerror})")
         if failed:
             raise FabricpilotError(f"run {self.name}: cannot remove {', '.join(failed)}; look at what holds them")
         shutil.rmtree(self.dir, ignore_errors=True)
@@ -191,6 +216,30 @@ def need_root() -> None:
     """Raise `KernelError` unless we may make network namespaces."""
     if os.geteuid() != 0:
         raise KernelError("the testbed makes network namespaces, which needs root; run it with sudo")
+
+
+def in_cgroup(name: str, argv: Sequence[str]) -> list[str]:
+    """The command line that runs `argv` in the cgroup; the process id stays that of `argv`."""
+    enter = 'echo $$ >"$0" && exec "$@"'
+    return ["sh", "-c", enter, str(_cgroup_directory(name) / "cgroup.procs"), *argv]
+
+
+def _cgroup_directory(name: str) -> Path:
+    from hostagent.datapath.cgroup_links import cgroup_mount
+
+    return cgroup_mount() / name[1:]
+
+
+def _remove_cgroup(directory: Path) -> None:
+    """Remove it as soon as the kernel has let go of the processes that have just ended there."""
+    until = time.monotonic() + _TERM_GRACE_S
+    while directory.exists():
+        try:
+            directory.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 def _mounts_below(directory: Path) -> list[str]:

@@ -30,6 +30,7 @@ DATA_PORT = "eth0"  # of every host, towards the switch
 BOTTLENECK_PORT = "rx"  # of the switch, towards the receiver
 MTU_BYTES = 1500
 RTO_MIN_MS = 10
+MIN_SEND_BUFFER_BYTES = 4096  # what the kernel lets every connection have
 
 SYSCTLS = {
     "net.ipv4.tcp_no_metrics_save": "1",
@@ -54,12 +55,18 @@ class Host:
 class StarPlan:
     """The star as it will be; `build` makes it so.
 
+    Attributes:
+        run: the register it is written down in.
+        senders: number of sending hosts.
+        send_buffer_bytes: of their connections from the beginning; 0: as Linux has it.
+
     Raises:
         UsageError: number of senders out of bounds.
     """
 
     run: Run
     senders: int
+    send_buffer_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.senders <= MAX_SENDERS:
@@ -133,9 +140,13 @@ class StarPlan:
         for namespace in self.namespaces:
             self.run.record_namespace(namespace)
             _run_ip(["netns", "add", namespace])
-            set_sysctls(namespace, SYSCTLS)
+            set_sysctls(namespace, {**SYSCTLS, **self._send_buffer()})
         for namespace, lines in self.commands():
             _run_ip(["-netns", namespace, "-batch", "-"], "".join(f"{line}\n" for line in lines))
+
+    def _send_buffer(self) -> dict[str, str]:
+        size = self.send_buffer_bytes
+        return {"net.ipv4.tcp_wmem": f"{MIN_SEND_BUFFER_BYTES} {size} {size}"} if size else {}
 
     def _data_ports(self) -> list[tuple[str, str, str]]:
         return [(host.name, host.namespace, DATA_PORT) for host in self.hosts]

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fabricpilot.errors import FabricpilotError, KernelError
 from testbed.netns.programs import Programs
-from testbed.netns.star import BOTTLENECK_PORT, StarPlan
+from testbed.netns.star import BOTTLENECK_PORT, MTU_BYTES, StarPlan
 
+_HANDLE, _LEAF = "fab", "fa1"  # of the root and of the first band's queue, as tc_scripts/bands.sh has them
 SCRIPT = Path(__file__).parents[2] / "tc_scripts" / "switch"
 
 
@@ -42,6 +44,33 @@ def shape(programs: Programs, star: StarPlan, rate_bps: int, buffer_bytes: int, 
         FabricpilotError: the script failed; the message is its own.
     """
     programs.run_in(star.switch, shape_command(rate_bps, buffer_bytes, dscp))
+
+
+def shape_fair_queues(programs: Programs, star: StarPlan, buffer_bytes: int) -> None:
+    """Give every flow a queue of its own at a port that `shape` made one FIFO: sch_fq, or fq_codel.
+
+    Both let a flow that has just begun go before those that have a queue already.
+
+    Raises:
+        KernelError: the kernel has neither.
+        FabricpilotError: tc failed otherwise.
+    """
+    leaf = ["dev", BOTTLENECK_PORT, "parent", f"{_HANDLE}:1"]
+    programs.run_in(star.switch, ["tc", "qdisc", "del", *leaf])
+    packets = max(1, buffer_bytes // MTU_BYTES)
+    for kind in (
+        ["fq", "limit", f"{packets}", "flow_limit", f"{packets}", "nopacing"],
+        ["fq_codel", "limit", f"{packets}", "memory_limit", f"{buffer_bytes}", "noecn"],
+    ):
+        try:
+            programs.run_in(star.switch, ["tc", "qdisc", "add", *leaf, "handle", f"{_LEAF}:", *kind])
+            return
+        except FabricpilotError as error:
+            if "qdisc kind is unknown" not in str(error):
+                raise
+    raise KernelError(
+        "scheme 'fq' needs a queue per flow, which this kernel lacks: CONFIG_NET_SCH_FQ or CONFIG_NET_SCH_FQ_CODEL"
+    )
 
 
 def port_counters(programs: Programs, star: StarPlan) -> PortCounters:

@@ -20,10 +20,9 @@ def document(outcome: Outcome) -> dict[str, Any]:
         name: as_json(summarise(scheme.results, outcome.calibration, plan.scale))
         for name, scheme in outcome.schemes.items()
     }
-    capture = next((s.capture for s in outcome.schemes.values() if s.capture is not None), None)
     return {
         "schemes": schemes,
-        "dscp": _dscp(capture),
+        "dscp": _dscp(_shown(outcome)),
         "lost_flows": sum(scheme.results.lost for scheme in outcome.schemes.values()),
         "workload": plan.recipe.workload,
         "load": plan.load,
@@ -42,6 +41,12 @@ def document(outcome: Outcome) -> dict[str, Any]:
         },
         "environment": outcome.environment,
     }
+
+
+def _shown(outcome: Outcome) -> Capture | None:
+    """The capture of fabricpilot, or of the first scheme that has one; those of all are with their runs."""
+    captures = {name: scheme.capture for name, scheme in outcome.schemes.items() if scheme.capture is not None}
+    return captures.get(FABRICPILOT, next(iter(captures.values()), None))
 
 
 def _dscp(capture: Capture | None) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def _run(scheme: SchemeOutcome) -> dict[str, Any]:
         "generator_late_p99_us": round(scheme.results.late_p99_us, 1),
         "bottleneck": asdict(scheme.port),
         "tcp": asdict(scheme.tcp),
+        "dscp": _dscp(scheme.capture),
         "daemons": [
             {
                 "name": usage.name,

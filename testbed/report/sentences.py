@@ -15,33 +15,31 @@ def sentences(report: dict[str, Any]) -> list[str]:
         )
     completed = ", ".join(f"{name} {run['all']['count']:,}" for name, run in report["schemes"].items())
     found.append(f"Flows completed of {report['flows']:,}: {completed}; lost: {report['lost_flows']}.")
-    dscp = report["dscp"]
-    if dscp["checked"]:
-        found.append(_dscp_sentence(dscp))
+    for name, run in report["runs"].items():
+        if run["dscp"]["checked"]:
+            found.append(_dscp_sentence(name, run["dscp"]))
     retransmitted = ", ".join(
         f"{name} {run['bottleneck']['dropped']:,} packets dropped, {run['tcp']['timeouts']:,} timeouts, "
         f"{run['tcp']['syn_retransmits']:,} SYNs sent again"
         for name, run in report["runs"].items()
     )
     found.append(f"At the bottleneck: {retransmitted}.")
-    daemons = [d for run in report["runs"].values() for d in run["daemons"]]
-    if daemons:
-        found.append(
-            "Daemons: "
-            + ", ".join(f"{d['name']} {d['cpu_share']:.1%} CPU, {d['rss_mb']:.0f} MB" for d in daemons)
-            + "."
-        )
+    for name, run in report["runs"].items():
+        if run["daemons"]:
+            costs = ", ".join(f"{d['name']} {d['cpu_share']:.1%} CPU, {d['rss_mb']:.0f} MB" for d in run["daemons"])
+            found.append(f"Daemons under {name}: {costs}.")
     late = max(run["generator_late_p99_us"] for run in report["runs"].values())
     found.append(f"Flows started at most {late / 1000:.1f} ms late (p99); that is part of every completion time.")
     return found
 
 
-def _dscp_sentence(dscp: dict[str, Any]) -> str:
+def _dscp_sentence(scheme: str, dscp: dict[str, Any]) -> str:
     wrong = dscp["checked"] - dscp["correct"]
     return (
-        f"DSCP: {dscp['correct']:,} of {dscp['checked']:,} captured packets of {dscp['flows_checked']:,} flows "
-        f"carried the one their flow's bytes demanded ({wrong} did not; {dscp['at_threshold_change']:,} were sent at "
-        f"a threshold change); {dscp['missed_by_capture']} packets missed by the capture."
+        f"DSCP under {scheme}: {dscp['correct']:,} of {dscp['checked']:,} captured packets of "
+        f"{dscp['flows_checked']:,} flows carried the one their flow's bytes demanded ({wrong} did not; "
+        f"{dscp['at_threshold_change']:,} were sent at a threshold change); "
+        f"{dscp['missed_by_capture']} packets missed by the capture."
     )
 
 

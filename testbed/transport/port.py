@@ -4,12 +4,13 @@ Everything goes through one netlink socket that is open in the port's namespace.
 """
 
 import errno
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from fabricpilot.errors import FabricpilotError, KernelError, UsageError
-from testbed.netns.enter import NETNS_DIR
+from testbed.netns.enter import NETNS_DIR, call_in
 
 PRIORITY: Final = 0xC001  # of our filter: after other programs of the port, which see the packet unmarked
 _HANDLE: Final = 1
@@ -29,10 +30,16 @@ def open_port(netns: str | None, interface: str) -> Iterator["Port"]:
     """
     from pyroute2 import IPRoute
 
-    if netns is not None and not (NETNS_DIR / netns).exists():  # pyroute2 would make it
+    if netns is not None and not (NETNS_DIR / netns).exists():
         raise UsageError(f"no network namespace '{netns}'; `ip netns list` shows those that exist")
-    with IPRoute(netns=netns) if netns else IPRoute() as netlink:
+    # Not IPRoute(netns=...): it forks, and beside other threads (a progress bar's) the child's socket is not ours.
+    descriptor = call_in(netns, _open_netlink) if netns else _open_netlink()
+    with IPRoute(fileno=descriptor) as netlink:  # closes it
         yield Port(netlink, interface, netns)
+
+
+def _open_netlink() -> int:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE).detach()
 
 
 class Port:

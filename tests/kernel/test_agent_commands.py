@@ -220,7 +220,7 @@ def test_central_killed_changes_nothing_for_traffic_and_the_agent_rejoins(host, 
     subprocess.run([FABRICPILOT, "central", "keys", "--out", str(keys), "--host", "h1"], check=True)
     settings = [f"--set=central.run_dir={tmp_path}/c", "--listen=tcp://127.0.0.1:5556"]
     settings += [f"--key={keys}/central.key_secret", f"--authorized-keys={keys}/hosts"]
-    fixed = "--set=policy.scheme=fixed", f"--set=policy.thresholds={','.join(map(str, THRESHOLDS.bytes))}"
+    fixed = "--set=policy.scheme=mlfq", f"--set=policy.thresholds={','.join(map(str, THRESHOLDS.bytes))}"
 
     def start_central():
         return subprocess.Popen(

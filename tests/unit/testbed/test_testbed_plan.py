@@ -1,15 +1,21 @@
 """Parameters, the star's commands, and the agent's log: what needs no kernel."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
+from central.policy.schemes import SCHEMES
 from fabricpilot.errors import UsageError
+from fabricpilot.levels import Thresholds
 from testbed.cli import testbed as group
 from testbed.daemons import read_history
+from testbed.flows.protocol import Transport
 from testbed.netns.registry import Run
 from testbed.netns.star import StarPlan
 from testbed.netns.switch_port import parse_counters
 from testbed.plan import RunPlan
+from testbed.schemes import runnable, thresholds_of, transport_of
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,33 @@ from testbed.plan import RunPlan
 def test_values_out_of_bounds_name_their_option(values: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RunPlan(**values)  # type: ignore[arg-type]
+
+
+def test_thresholds_that_stay_are_those_of_the_workload_at_the_traces_scale() -> None:
+    recipe = RunPlan(scale=0.1, load=0.8).recipe
+    assert thresholds_of("pias-published", recipe) == Thresholds((7_168, 182_784, 325_632))  # 70, 1785, 3180 KiB
+    assert thresholds_of("pias-mismatched", recipe) == Thresholds((102, 922, 17_101))  # data mining: 1, 9, 167 KiB
+    las = thresholds_of("las", recipe)
+    assert las is not None
+    assert las.levels == 8
+    assert thresholds_of("fabricpilot", recipe) is None
+    assert thresholds_of("fifo", recipe) is None
+
+
+def test_ends_are_set_up_as_the_scheme_wants() -> None:
+    assert transport_of("fair").congestion_control == "bpf_dctcp"
+    assert transport_of("qsjf").hints
+    for name in runnable():
+        assert Transport.of(transport_of(name).arguments) == transport_of(name)
+    assert Transport.of([]) == transport_of("fifo")
+
+
+def test_every_scheme_is_listed_with_what_is_different_here() -> None:
+    listed = json.loads(CliRunner().invoke(group, ["schemes", "--json"]).output)
+    assert set(listed) == set(SCHEMES)
+    assert not listed["las"]["refusal"]
+    assert listed["srpt"]["refusal"]
+    assert "qsjf" in CliRunner().invoke(group, ["schemes"]).output
 
 
 def test_capture_fits_its_ring_on_any_link() -> None:
@@ -49,7 +82,9 @@ def test_dry_run_says_everything_and_needs_no_root(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["run", "sjf"], "scheme 'sjf' is unknown; choose from fifo, fabricpilot"),
+        (["run", "sjf"], "scheme 'sjf' is unknown; choose from: fair, fifo, fq"),
+        (["run", "fifo", "srpt"], "scheme 'srpt' cannot run on a network: it needs a switch"),
+        (["run", "fifo", "--send-buffer", "1KB"], "--send-buffer 1000 must be 4096"),
         (["demo", "--workload", "nope"], "flow-size distribution 'nope' is unknown"),
         (["demo", "--rate", "fast"], "rate 'fast' is not understood"),
         (["demo", "--load", "2"], "--load 2 must be"),
