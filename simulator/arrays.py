@@ -12,6 +12,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Paths = npt.NDArray[np.int32]
 
+HOP_BITS = 2
+HOPS = 1 << HOP_BITS  # most links on a path
+
 # What a kernel's `advance` returns: all done, or what the engine has to do before it calls again.
 DONE, OUTPUT_FULL, NO_SLOT = range(3)
 

@@ -21,13 +21,13 @@ import numpy as np
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator import kernels
-from simulator.arrays import ACTIVE, NEXT, Arrivals, Finished, Ints, Rule
+from simulator.arrays import ACTIVE, HOPS, NEXT, Arrivals, Finished, Ints, Rule
 from simulator.kernels import FabricKernel, Kernel, StarKernel
 from simulator.physics import Physics, completion_s, ideal_s
 from simulator.results import ActiveFlows, FlowResults
 from simulator.schemes import FIRST_COME, REMAINING, SHARED, SHORTEST, Scheme, fine_thresholds
-from simulator.sharing import MAX_FABRIC_LEVELS, TOLERANCE
-from simulator.topology import HOPS, Topology
+from simulator.sharing import MAX_FABRIC_LEVELS
+from simulator.topology import Topology
 from simulator.workloads.trace import Trace
 
 _OUTPUT = 65_536  # finished flows between two visits of the kernel
@@ -42,7 +42,6 @@ class Simulation:
         physics: constants of hosts and links.
         receiver: all flows go to this host, whose link is the only bottleneck (fast). None: between any hosts.
         control_delay_s: a decision is in force this long after it was made.
-        tolerance: relative changes of a link's fair share below this are not followed up (fabric only).
 
     Raises:
         UsageError: the scheme cannot run on this fabric, or `receiver` is not its narrowest point.
@@ -56,7 +55,6 @@ class Simulation:
         *,
         receiver: int | None = None,
         control_delay_s: float = 0.0,
-        tolerance: float = TOLERANCE,
     ) -> None:
         if not (math.isfinite(control_delay_s) and control_delay_s >= 0):
             raise UsageError(f"control delay {control_delay_s} s must be 0 or more")
@@ -71,7 +69,7 @@ class Simulation:
             _check_receiver(topology, receiver)
             self._kernel = StarKernel(rule, self.scheme.levels, float(capacity[topology.hosts + receiver]))
         else:
-            self._kernel = FabricKernel(rule, self.scheme.levels, capacity, tolerance)
+            self._kernel = FabricKernel(rule, self.scheme.levels, capacity)
         self._arrivals = Arrivals.none(hops=HOPS)
         self._added = 0
         self._latest_s = 0.0

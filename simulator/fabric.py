@@ -15,6 +15,8 @@ from simulator.arrays import (
     DUE,
     EVENTS,
     FREE,
+    HOP_BITS,
+    HOPS,
     NEXT,
     NO_SLOT,
     OUT,
@@ -185,10 +187,9 @@ def _apply_rates(f: Fabric, x: Sharing) -> None:
 @inner
 def _to_send(f: Fabric, x: Sharing, link: int, level: int, enough: float) -> float:
     """What the flows of a link and level still have to send together; not counted further once it is `enough`."""
-    hops = x.path.shape[1]
     total, entry = 0.0, x.head[link, level]
     while entry >= 0 and total < enough:
-        slot = entry // hops
+        slot = entry >> HOP_BITS
         sent = x.rate[slot] * (f.now[0] - f.synced[slot])
         total += max(f.remaining[slot] - sent, f.boundary[slot])
         entry = x.next[entry]
@@ -204,7 +205,7 @@ def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
         level, bound = place(rule.basis, row, rule.buffer_bytes, f.size[slot], f.remaining[slot])
     x.level[slot] = level
     f.boundary[slot] = max(bound, 0.0)
-    for hop in range(x.path.shape[1]):
+    for hop in range(HOPS):
         link = x.path[slot, hop]
         if link >= 0:
             f.peers[slot] = max(f.peers[slot], x.flows[link, level])
@@ -269,7 +270,8 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
             f.flow[slot] = arrivals.first_flow + i
             f.host[slot], f.destination[slot] = arrivals.host[i], arrivals.destination[i]
             f.fixed[slot], f.peers[slot], f.queued[slot] = -1, 0, 0.0
-            x.path[slot] = arrivals.path[i]
+            for hop in range(HOPS):
+                x.path[slot, hop] = arrivals.path[i, hop]
             _enter_level(f, x, rule, slot)
         _apply_rates(f, x)
 
@@ -298,6 +300,7 @@ def move(f: Fabric, x: Sharing, rule: Rule, slot: int, path: Paths) -> None:
     """Give a flow another path, and the level that its verdict `fixed` says; call `settle` first."""
     _unschedule(f, slot)
     leave(x, slot)
-    x.path[slot] = path
+    for hop in range(HOPS):
+        x.path[slot, hop] = path[hop]
     _enter_level(f, x, rule, slot)
     _apply_rates(f, x)

@@ -21,7 +21,6 @@ from simulator.arrays import (
     Rule,
 )
 from simulator.sharing import Sharing
-from simulator.topology import HOPS
 
 _SLOTS = 1024  # room for active flows at first; it doubles when needed
 
@@ -108,10 +107,10 @@ class StarKernel:
 class FabricKernel:
     """Links of given capacities in payload bytes per second."""
 
-    def __init__(self, rule: Rule, levels: int, capacity: npt.NDArray[np.float64], tolerance: float) -> None:
+    def __init__(self, rule: Rule, levels: int, capacity: npt.NDArray[np.float64]) -> None:
         self.rule = rule
         self.state = fabric.Fabric.idle(_SLOTS)
-        self.sharing = Sharing.idle(capacity, levels, _SLOTS, HOPS, tolerance)
+        self.sharing = Sharing.idle(capacity, levels, _SLOTS)
 
     @property
     def state_bytes(self) -> int:

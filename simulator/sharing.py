@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simulator.arrays import Floats, Ints, Paths
+from simulator.arrays import HOP_BITS, HOPS, Floats, Ints, Paths
 from simulator.compiled import inner
 
-TOLERANCE = 1e-3  # relative change of a fair share that is not followed up: no rate is wrong by more
+TOLERANCE = 1e-9  # relative change of a fair share that is not followed up; far above rounding, far below notice
 MAX_FABRIC_LEVELS = 64  # a link's occupied and pending levels are the bits of one integer
 
 # Entries of Sharing.counts.
@@ -27,16 +27,16 @@ TOUCHED, PENDING, RECOMPUTED = range(3)
 class Sharing(NamedTuple):
     """Per link and level: its flows (lists, per hop), share, given (what levels above left over) and used.
 
-    Entries of the lists are slot * hops + hop. `pending` holds per link the levels to look at, as bits, and
+    Entries of the lists are slot << HOP_BITS | hop. `pending` holds per link the levels to look at, as bits, and
     `pending_links` which links have any. `touched` are flows whose rate may have changed.
     """
 
     capacity: Floats  # (links,) payload bytes per second
-    path: Paths  # (slots, hops)
+    path: Paths  # (slots, HOPS)
     rate: Floats  # (slots,)
     level: Ints  # (slots,)
-    previous: Ints  # (slots * hops,)
-    next: Ints  # (slots * hops,)
+    previous: Ints  # (slots * HOPS,)
+    next: Ints  # (slots * HOPS,)
     head: Ints  # (links, levels), -1 where empty
     flows: Ints  # (links, levels), how many
     share: Floats  # (links, levels), infinite where the link does not hold anybody back
@@ -50,20 +50,19 @@ class Sharing(NamedTuple):
     is_touched: Ints  # (slots,)
     touched: Ints  # (slots,)
     limit: Floats  # (slots,) scratch of the water level
-    tolerance: Floats  # (1,)
     counts: Ints
 
     @classmethod
-    def idle(cls, capacity: Floats, levels: int, slots: int, hops: int, tolerance: float = TOLERANCE) -> "Sharing":
+    def idle(cls, capacity: Floats, levels: int, slots: int) -> "Sharing":
         """No flows on links of the given capacities."""
         links = len(capacity)
         return cls(
             capacity=capacity,
-            path=np.full((slots, hops), -1, np.int32),
+            path=np.full((slots, HOPS), -1, np.int32),
             rate=np.zeros(slots),
             level=np.zeros(slots, np.int64),
-            previous=np.full(slots * hops, -1, np.int64),
-            next=np.full(slots * hops, -1, np.int64),
+            previous=np.full(slots * HOPS, -1, np.int64),
+            next=np.full(slots * HOPS, -1, np.int64),
             head=np.full((links, levels), -1, np.int64),
             flows=np.zeros((links, levels), np.int64),
             share=np.full((links, levels), np.inf),
@@ -77,7 +76,6 @@ class Sharing(NamedTuple):
             is_touched=np.zeros(slots, np.int64),
             touched=np.zeros(slots, np.int64),
             limit=np.zeros(slots),
-            tolerance=np.full(1, tolerance),
             counts=np.zeros(3, np.int64),
         )
 
@@ -111,15 +109,14 @@ def _touch(x: Sharing, slot: int) -> None:
 @inner
 def join(x: Sharing, slot: int) -> None:
     """Put a flow, whose path and level are set, on its links; call `update` when all changes are made."""
-    hops = x.path.shape[1]
     level = x.level[slot]
     x.rate[slot] = 0.0
     _touch(x, slot)
-    for hop in range(hops):
+    for hop in range(HOPS):
         link = x.path[slot, hop]
         if link < 0:
             break
-        entry = slot * hops + hop
+        entry = slot << HOP_BITS | hop
         first = x.head[link, level]
         x.previous[entry] = -1
         x.next[entry] = first
@@ -133,13 +130,12 @@ def join(x: Sharing, slot: int) -> None:
 @inner
 def leave(x: Sharing, slot: int) -> None:
     """Take a flow off its links; call `update` when all changes are made."""
-    hops = x.path.shape[1]
     level = x.level[slot]
-    for hop in range(hops):
+    for hop in range(HOPS):
         link = x.path[slot, hop]
         if link < 0:
             break
-        entry = slot * hops + hop
+        entry = slot << HOP_BITS | hop
         before, after = x.previous[entry], x.next[entry]
         if before >= 0:
             x.next[before] = after
@@ -158,7 +154,7 @@ def leave(x: Sharing, slot: int) -> None:
 def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: int) -> float:
     """The smallest share on a flow's path, two links left out."""
     smallest = np.inf
-    for hop in range(path.shape[1]):
+    for hop in range(HOPS):
         link = path[slot, hop]
         if link < 0:
             break
@@ -168,8 +164,11 @@ def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: i
 
 
 @inner
-def _water_level(limit: Floats, n: int, given: float) -> float:
-    """The share that fills `given` when the first `n` flows take no more than their `limit` (reordered)."""
+def _water_level(limit: Floats, n: int, given: float) -> tuple[float, float]:
+    """The share that fills `given` when the first `n` flows take no more than their `limit` (reordered), and the rest.
+
+    The share is infinite where something is left over.
+    """
     left, sharing = given, n
     while sharing > 0:
         share = max(left, 0.0) / sharing
@@ -181,26 +180,18 @@ def _water_level(limit: Floats, n: int, given: float) -> float:
                 limit[kept] = limit[i]
                 kept += 1
         if kept == sharing:
-            return share
+            return share, 0.0
         sharing = kept
-    return np.inf
+    return np.inf, max(left, 0.0)
 
 
 @inner
 def _settle_level(x: Sharing, level: int) -> None:
     """Recompute shares of the pending links of one level, and of those that feel it, until none changes."""
-    capacity, path, share, limit, used = x.capacity, x.path, x.share, x.limit, x.used
-    head, following, queue, queued, pending, pending_links = (
-        x.head,
-        x.next,
-        x.queue,
-        x.queued,
-        x.pending,
-        x.pending_links,
-    )
-    is_touched, touched, urgency, tolerance = x.is_touched, x.touched, x.urgency, x.tolerance[0]
-    pending_n, touched_n, recomputed = x.counts[PENDING], x.counts[TOUCHED], 0
-    hops = path.shape[1]
+    capacity, path, share, limit, used, given = x.capacity, x.path, x.share, x.limit, x.used, x.given
+    head, following, queue, queued, pending = x.head, x.next, x.queue, x.queued, x.pending
+    pending_links, is_touched, touched, urgency = x.pending_links, x.is_touched, x.touched, x.urgency
+    pending_n, touched_n = x.counts[PENDING], x.counts[TOUCHED]
     bit = np.int64(1) << np.int64(level)
     waiting = 0
     for i in range(pending_n):
@@ -219,59 +210,69 @@ def _settle_level(x: Sharing, level: int) -> None:
         waiting -= 1
         queue[at] = queue[waiting]
         queued[link] = 0
-        recomputed += 1
-        if pending[link] == 0:
-            pending_links[pending_n] = link
-            pending_n += 1
-        pending[link] |= bit  # its use has to be summed up at the end
-        same = tolerance * capacity[link]
-        given = capacity[link]
+        x.counts[RECOMPUTED] += 1
+        there = capacity[link]
         for above in range(level):
-            given -= used[link, above]
-        if given <= same:
-            given = 0.0
-        x.given[link, level] = given
-        if x.flows[link, level] == 0:
-            continue
-        new = 0.0
-        if given > 0.0:
+            there -= used[link, above]
+        if there <= TOLERANCE * capacity[link]:
+            there = 0.0
+        given[link, level] = there
+        new, left = 0.0, there
+        if there > 0.0:
             n = 0
             entry = head[link, level]
             while entry >= 0:
-                limit[n] = _held_to(path, share, entry // hops, level, link, -1)
+                limit[n] = _held_to(path, share, entry >> HOP_BITS, level, link, -1)
                 n += 1
                 entry = following[entry]
-            new = _water_level(limit, n, given)
+            new, left = _water_level(limit, n, there)
+        used[link, level] = there - left
         old = share[link, level]
-        if new == old or abs(new - old) <= tolerance * min(old, new):
+        if new == old or abs(new - old) <= TOLERANCE * min(old, new):
             continue
         share[link, level] = new
-        lower = min(old, new)
         entry = head[link, level]
         while entry >= 0:
-            slot = entry // hops
+            slot = entry >> HOP_BITS
+            entry = following[entry]
+            elsewhere = _held_to(path, share, slot, level, link, -1)
+            if min(elsewhere, old) == min(elsewhere, new):
+                continue  # held lower elsewhere before and after: nobody feels it
             if is_touched[slot] == 0:
                 is_touched[slot] = 1
                 touched[touched_n] = slot
                 touched_n += 1
-            for hop in range(hops):
+            for hop in range(HOPS):
                 other = path[slot, hop]
                 if other < 0:
                     break
-                # A flow that the other link holds below both shares does not feel the change there.
-                if other != link and lower < share[other, level] and (queued[other] == 0 or urgency[other] > lower):
-                    rest = _held_to(path, share, slot, level, link, other)
-                    if min(rest, old) != min(rest, new):
-                        if queued[other] == 0:
-                            queue[waiting] = other
-                            queued[other] = 1
-                            urgency[other] = lower
-                            waiting += 1
-                        else:
-                            urgency[other] = min(urgency[other], lower)
-            entry = following[entry]
+                if other == link:
+                    continue
+                rest = _held_to(path, share, slot, level, link, other)
+                before, after = min(rest, old), min(rest, new)
+                if before == after:
+                    continue
+                lower = min(before, after)
+                if queued[other]:
+                    urgency[other] = min(urgency[other], lower)
+                    continue
+                there = share[other, level]
+                if lower >= there:
+                    continue  # the other link holds the flow below both
+                if pending[other] & bit == 0:  # what it leaves over has to be looked at in the end
+                    if pending[other] == 0:
+                        pending_links[pending_n] = other
+                        pending_n += 1
+                    pending[other] |= bit
+                if there == np.inf and max(before, after) < np.inf:
+                    used[other, level] += after - before
+                    if used[other, level] < given[other, level]:
+                        continue  # the other link was not full and is not now
+                queue[waiting] = other
+                queued[other] = 1
+                urgency[other] = lower
+                waiting += 1
     x.counts[PENDING], x.counts[TOUCHED] = pending_n, touched_n
-    x.counts[RECOMPUTED] += recomputed
 
 
 @inner
@@ -282,8 +283,8 @@ def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
     many. `rate` itself still holds the old values, so that the caller can account for the time before.
     """
     capacity, path, share, pending, pending_links = x.capacity, x.path, x.share, x.pending, x.pending_links
-    head, following, flows, given = x.head, x.next, x.flows, x.given
-    hops, levels = path.shape[1], head.shape[1]
+    flows, given, used = x.flows, x.given, x.used
+    levels = flows.shape[1]
     while x.counts[PENDING] > 0:
         level = levels
         for i in range(x.counts[PENDING]):
@@ -297,15 +298,9 @@ def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
         for i in range(x.counts[PENDING]):
             link = pending_links[i]
             if pending[link] & bit:
-                used = 0.0
-                entry = head[link, level]
-                while entry >= 0:
-                    used += _held_to(path, share, entry // hops, level, -1, -1)
-                    entry = following[entry]
-                x.used[link, level] = used
                 pending[link] &= ~bit
-                same = x.tolerance[0] * capacity[link]
-                left = given[link, level] - used
+                same = TOLERANCE * capacity[link]
+                left = given[link, level] - used[link, level]
                 if left <= same:
                     left = 0.0
                 for below in range(level + 1, levels):

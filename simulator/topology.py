@@ -16,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabricpilot.errors import UsageError
-from simulator.arrays import Paths
-
-HOPS = 4  # most links on a path
+from simulator.arrays import HOPS, Paths
 
 
 @dataclass(frozen=True, eq=False)

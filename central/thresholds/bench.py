@@ -54,8 +54,7 @@ def thresholds(
     for name in names() if full else _QUICK:
         for load in (0.5, 0.6, 0.7, 0.8, 0.9) if full else (0.5, 0.8):
             rows.append(_row(SizeDistribution.load(name), load, queues, flows, evaluations, seed, link))
-            if not as_json:
-                click.echo(_line(rows[-1]))
+            click.echo(_line(rows[-1]), err=as_json)
     methods = sorted({method for row in rows for method in row.above_exact})
     least = {method: min(row.above_exact[method] for row in rows if method in row.above_exact) for method in methods}
     summary = {

@@ -12,7 +12,6 @@ from simulator.engine import Simulation, simulate
 from simulator.physics import IDEAL
 from simulator.results import FlowResults
 from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme
-from simulator.sharing import TOLERANCE
 from simulator.topology import Topology, leaf_spine, star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
@@ -83,7 +82,7 @@ def test_one_bottleneck_agrees_with_the_reference(name: str) -> None:
 )
 def test_fabric_agrees_with_the_reference(topology: Topology, name: str) -> None:
     trace = traffic(topology.hosts, 250, one=False, load=0.5)
-    simulation = Simulation(SCHEMES[name], topology, IDEAL, tolerance=1e-12)
+    simulation = Simulation(SCHEMES[name], topology, IDEAL)
     simulation.add(trace)
     found = simulation.run().in_order_of_start()
     np.testing.assert_allclose(found.fct_s, expected(trace, topology, SCHEMES[name]), rtol=1e-5)
@@ -93,20 +92,9 @@ def test_fabric_agrees_with_the_reference(topology: Topology, name: str) -> None
 def test_kernels_agree_on_one_bottleneck(name: str) -> None:
     trace, topology = traffic(8, 5000, one=True), star(8, 1e9)
     fast = simulate(trace, SCHEMES[name], topology, IDEAL)
-    simulation = Simulation(SCHEMES[name], topology, IDEAL, tolerance=1e-12)
+    simulation = Simulation(SCHEMES[name], topology, IDEAL)
     simulation.add(trace)
     np.testing.assert_allclose(simulation.run().in_order_of_start().fct_s, fast.fct_s, rtol=1e-6)
-
-
-def test_default_tolerance_hardly_moves_the_mean() -> None:
-    trace, topology = traffic(12, 3000, one=False, load=0.7), star(12, 1e9)
-
-    def mean(tolerance: float) -> float:
-        simulation = Simulation(SCHEMES["mlfq"], topology, IDEAL, tolerance=tolerance)
-        simulation.add(trace)
-        return float(simulation.run().fct_s.mean())
-
-    assert mean(TOLERANCE) == pytest.approx(mean(1e-12), rel=0.005)
 
 
 def test_shortest_first_agrees_with_the_reference() -> None:
@@ -160,7 +148,7 @@ def test_sharing_is_max_min_after_any_history(seed: int) -> None:
     """Rates seen in the middle of a run are those of progressive filling."""
     topology = leaf_spine(3, 2, 3, 1e9, 3.0)
     trace = traffic(topology.hosts, 300, one=False, seed=seed, load=0.6)
-    simulation = Simulation(SCHEMES["mlfq"], topology, IDEAL, tolerance=1e-12)
+    simulation = Simulation(SCHEMES["mlfq"], topology, IDEAL)
     simulation.add(trace)
     for time_s in np.linspace(0.1, 0.9, 5) * trace.start_s[-1]:
         simulation.run_until(float(time_s))
