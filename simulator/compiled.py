@@ -32,7 +32,7 @@ def inner(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _njit(function: Callable[P, R], **options: bool) -> Callable[P, R]:
-    """No kernel allocates, so none counts references to its arrays (`_nrt`): that took two thirds of the fabric's time."""
+    """No kernel allocates, so none counts references to its arrays (`_nrt`), which took half of the fabric's time."""
     before = nb.config.CACHE_DIR
     nb.config.CACHE_DIR = _cache_dir()
     try:
