@@ -1,12 +1,14 @@
 """The scheme that computes: thresholds with the least mean response time for the sizes and load just reported.
 
 It changes thresholds only where the model predicts a gain worth a change: every change re-ranks the flows under way,
-and estimates from a window of some hundred flows wander by themselves.
+and estimates from a window of some hundred flows wander by themselves. On a link that is full all the time it changes
+nothing: there the offered load cannot be seen, and long flows that starve make the sizes look ever more alike.
 """
 
 from dataclasses import dataclass
 
 from central.policy.base import Decision, GroupSummary
+from central.registry import MOST_LOAD
 from central.thresholds.exact import evaluate, optimise
 from central.thresholds.optimum import usable_load
 from simulator.workloads.distribution import SizeDistribution
@@ -31,11 +33,14 @@ class OptimiserPolicy:
         """The best thresholds for these sizes, if they are clearly better than those in force."""
         if summary.flows < self.min_flows:
             return Decision(None, f"{summary.flows:.0f} finished flows in the window, {self.min_flows} are needed")
+        settled = summary.thresholds is not None and summary.thresholds.levels == summary.levels
+        if settled and summary.load >= MOST_LOAD:
+            return Decision(None, f"the link is full (load {MOST_LOAD:g} or more), so what is reported says little")
         sizes = SizeDistribution.from_histogram(summary.sizes, summary.group)
         load = usable_load(summary.load)
         best = optimise(sizes, load, summary.levels, self.objective)
         basis = f"{summary.flows:.0f} flows at load {load:.2f}"
-        if summary.thresholds is None or summary.thresholds.levels != summary.levels:
+        if not settled or summary.thresholds is None:
             return Decision(best.thresholds, f"first for {basis}")
         now = evaluate(sizes, load, summary.thresholds, self.objective)
         gain = 1 - best.mean / now

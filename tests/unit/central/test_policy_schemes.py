@@ -50,6 +50,15 @@ def test_the_optimiser_moves_for_a_clear_gain():
     assert "better for 20000 flows at load 0.70" in decision.reason
 
 
+def test_a_full_link_changes_nothing():
+    bad = Thresholds((10, 20, 30))
+    assert OptimiserPolicy().decide(summary(thresholds=bad, load=0.94)).thresholds is not None
+    held = OptimiserPolicy().decide(summary(thresholds=bad, load=0.95))
+    assert held.thresholds is None
+    assert "full" in held.reason
+    assert OptimiserPolicy().decide(summary(load=0.95)).thresholds is not None  # better than none at all
+
+
 def test_too_few_flows_decide_nothing():
     decision = OptimiserPolicy(min_flows=200).decide(summary(flows=199.0))
     assert decision.thresholds is None
