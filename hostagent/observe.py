@@ -6,8 +6,8 @@ start was not seen has none to tell. It is told to central once, unless a rule e
 - Another one of its flow followed. The kernel counts those in histograms and keeps the latest of a flow in its entry.
 - Its flow sent a FIN or RST. In the kernel's table an ended flow stays for a while: its last bytes may have to be sent
   again, and must not look like a flow of unknown age.
-- Its flow was silent for so long that it is forgotten: the idle timeout for UDP, ten times that for a TCP connection,
-  which is no longer counted as active after the first, but shall be known when it goes on.
+- Its flow was silent for so long that it is forgotten: the idle timeout for UDP, ten times that for a TCP connection
+  that has sent payload, which is no longer counted as active after the first, but shall be known when it goes on.
 
 Nothing in the kernel is cleared on read, so a long flow never returns to the top.
 """
@@ -27,7 +27,7 @@ from hostagent.datapath.rules import excluded
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _NS_PER_US = 1000
 _TCP = 6
-_TCP_PATIENCE = 10  # idle timeouts for which a silent TCP connection stays in the table
+_TCP_PATIENCE = 10  # idle timeouts for which a silent TCP connection that has sent payload stays in the table
 
 # How long an ended flow stays in the table: longer than TCP goes on trying at datacenter retransmission timeouts.
 LINGER_S = 5.0
@@ -119,7 +119,8 @@ def observe(
     # belongs to the next read.
     silent_s = (table.read_at_ns - np.minimum(last_seen_ns, table.read_at_ns).astype(np.int64)) / 1e9
     ended = (states["flags"] & FLAG_ENDED) != 0
-    patience = np.where(table.keys["protocol"] == _TCP, _TCP_PATIENCE, 1)
+    connected = (table.keys["protocol"] == _TCP) & (states["attained_bytes"] + states["earlier_bytes"] > 0)
+    patience = np.where(connected, _TCP_PATIENCE, 1)
     given_up = ~ended & (silent_s > patience * idle_timeout_s)
     just_ended = ended & (last_seen_ns > previous_read_ns) & (last_seen_ns <= table.read_at_ns)
     reported = ~excluded(states)

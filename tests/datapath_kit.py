@@ -182,6 +182,7 @@ class KernelSender:
         zero = np.zeros(1, np.uint32)
         for name, dtype in (("counters", COUNTERS_DTYPE), ("finished", FINISHED_DTYPE)):
             bpf.update(maps[name], zero, np.zeros(bpf.possible_cpus(), dtype))
+        bpf.update(maps["source_seed"], zero, np.zeros(1, np.uint64))  # other buckets, which are full
         for slot in range(2):
             bpf.update(maps["slots"], np.array([slot], np.uint32), np.zeros(1, SETTINGS_DTYPE))
 

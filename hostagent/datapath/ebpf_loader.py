@@ -42,6 +42,8 @@ MAPS: Final = (
     "verdicts",
     "routes",
     "finished",
+    "sources",
+    "source_seed",
     "hints",
     "send_buffers",
 )

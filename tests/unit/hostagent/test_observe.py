@@ -64,6 +64,13 @@ def test_a_flow_of_unknown_size_is_forgotten_but_not_told(unmeasured):
     assert [flow.size_bytes for flow in seen.finished_sample(np.random.default_rng(1))] == [10]
 
 
+def test_a_connection_that_never_sent_leaves_after_one_idle_timeout():
+    """What a SYN flood leaves behind."""
+    seen = observe(table((0, 29, STARTED), (0, 31, STARTED), (1, 31, STARTED)), 10_000, 30)
+    assert list(seen.leaving) == [1]
+    assert seen.finished_count() == 0
+
+
 def test_an_idle_connection_stays_in_the_table_for_its_next_message_but_is_not_active():
     seen = observe(table((50_000, 31, 0), (60_000, 299, 0), (70_000, 301, 0), (80_000, 29, 0)), 10_000, 30)
     assert list(seen.finished) == list(seen.leaving) == [2]
