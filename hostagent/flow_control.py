@@ -10,7 +10,7 @@ for this; `require` says so before anything is attached.
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pyroute2 import IPRoute
@@ -76,12 +76,19 @@ class FlowControl:
         config: of this host; its rules replace those an agent before this one has left.
         datapath: loaded.
         ipr: one long-lived rtnetlink socket.
+        scheduled: names of the interfaces that carry the data path's program; None asks the data path.
 
     Raises:
         UsageError: a rule or route is wrong.
     """
 
-    def __init__(self, config: AgentConfig, datapath: EbpfDatapath, ipr: IPRoute) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        datapath: EbpfDatapath,
+        ipr: IPRoute,
+        scheduled: Callable[[], list[str]] | None = None,
+    ) -> None:
         self._rules = check(config)
         self._steering = Steering(datapath)
         self._cgroups: list[Cgroup | None] | None = None
@@ -91,7 +98,8 @@ class FlowControl:
         self._steering.use_routes([], 0)
         if paths := parse_paths(config.routes.paths):
             lease_s = max(_LEAST_LEASE_S, _LEASE_TICKS * config.host.report_interval_s)
-            self._watch = RouteWatch(ipr, self._steering, paths, datapath.attached, config.routes.gap_ms, lease_s)
+            scheduled = scheduled or datapath.attached
+            self._watch = RouteWatch(ipr, self._steering, paths, scheduled, config.routes.gap_ms, lease_s)
         try:
             self._apply_rules()
             self._forget_foreign_hops()
@@ -169,6 +177,8 @@ class FlowControl:
         self._steering.end_verdicts_beyond(max(self.routes, default=0))
 
 
-def open_flow_control(config: AgentConfig, datapath: Datapath, ipr: IPRoute) -> FlowControl | None:
+def open_flow_control(
+    config: AgentConfig, datapath: Datapath, ipr: IPRoute, scheduled: Callable[[], list[str]]
+) -> FlowControl | None:
     """The flow control of a data path that has one."""
-    return FlowControl(config, datapath, ipr) if isinstance(datapath, EbpfDatapath) else None
+    return FlowControl(config, datapath, ipr, scheduled) if isinstance(datapath, EbpfDatapath) else None

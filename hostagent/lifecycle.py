@@ -139,10 +139,9 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             log.info("%s: queues %s: %s", name, plan.kind, plan.why)
         datapath.apply(settings)
         datapath.serve_sockets(_socket_rule(config.datapath))
-        flow_control = open_flow_control(config, datapath, ipr)
-        if flow_control is not None:
-            undo.callback(flow_control.close)
         roster = _roster(config, datapath, plans, ipr)
+        undo.callback(roster.close)
+        flow_control = open_flow_control(config, datapath, ipr, lambda: roster.names)
         undo.pop_all()
     log.info(
         "%s data path %s on %s, thresholds %s",

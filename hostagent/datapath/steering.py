@@ -127,7 +127,10 @@ class Steering:
             self._turn_verdicts()
 
     def set_routes(self, routes: Mapping[int, npt.NDArray[np.void]], gap_ms: int) -> None:
-        """Where routes lead, ROUTE_DTYPE each, shape (); none is used before `use_routes` says so.
+        """Where routes lead, ROUTE_DTYPE each, shape (); a new one is not used before `use_routes` says so.
+
+        One that leads elsewhere from now on is withdrawn meanwhile. One whose flags alone change is not: flows of the
+        other IP version would leave it, and wait for a gap to come back.
 
         Args:
             routes: by number, 1 to 63.
@@ -135,9 +138,13 @@ class Steering:
         """
         record = self._read()
         for number, route in routes.items():
-            record["usable_routes"] &= ~np.uint64(1 << number)
-            self._write(record)
-            bpf.update(self._map("routes"), np.array([number], np.uint32), route.reshape(1))
+            index, held = np.array([number], np.uint32), np.zeros(1, ROUTE_DTYPE)
+            bpf.lookup(self._map("routes"), index, held)
+            held["flags"] = route["flags"]
+            if held.tobytes() != route.tobytes():
+                record["usable_routes"] &= ~np.uint64(1 << number)
+                self._write(record)
+            bpf.update(self._map("routes"), index, route.reshape(1))
         record["route_gap_ms"] = gap_ms
         self._write(record)
 

@@ -31,15 +31,17 @@ class Hop:
     ipv4: bytes | None
     ipv6: bytes | None
 
-    def record(self, managed: bool) -> npt.NDArray[np.void]:
-        """As the kernel has it, ROUTE_DTYPE, shape (); `managed`: that interface has the data path's program, too."""
+    def record(self, managed: bool, ipv4: bool, ipv6: bool) -> npt.NDArray[np.void]:
+        """As the kernel has it, ROUTE_DTYPE, shape ().
+
+        Args:
+            managed: that interface has the data path's program, too.
+            ipv4: the IPv4 next hop may be used now.
+            ipv6: the IPv6 one may. Only the flags say so: one half comes and goes without touching the other.
+        """
         route = np.zeros((), ROUTE_DTYPE)
         route["interface"] = self.interface
-        route["flags"] = (
-            (ROUTE_IPV4 if self.ipv4 is not None else 0)
-            | (ROUTE_IPV6 if self.ipv6 is not None else 0)
-            | (ROUTE_MANAGED if managed else 0)
-        )
+        route["flags"] = (ROUTE_IPV4 if ipv4 else 0) | (ROUTE_IPV6 if ipv6 else 0) | (ROUTE_MANAGED if managed else 0)
         route["on_link"] = 0 if any(self.ipv4 or b"") or any(self.ipv6 or b"") else 2**32 - 1
         route["next_hop_ipv4"] = np.frombuffer(self.ipv4 or bytes(4), np.uint8)
         route["next_hop_ipv6"] = np.frombuffer(self.ipv6 or bytes(16), np.uint8)

@@ -175,14 +175,13 @@ class RouteWatch:
         if link.mtu < least_mtu:
             why_not[number] = f"{name} has MTU {link.mtu}, packets of up to {least_mtu} bytes would be sent there"
             return
-        whole = hop
-        hop = Hop(hop.interface, self._answering(hop.interface, hop.ipv4), self._answering(hop.interface, hop.ipv6))
-        if hop.ipv4 is None and hop.ipv6 is None:
+        ipv4, ipv6 = self._answers(hop.interface, hop.ipv4), self._answers(hop.interface, hop.ipv6)
+        if not ipv4 and not ipv6:
             why_not[number] = f"its next hop behind {name} does not answer"
             return
-        if hop != whole:  # half of it is left
-            why_not[number] = f"its {'IPv6' if hop.ipv6 is None else 'IPv4'} next hop behind {name} does not answer"
-        records[number] = hop.record(hop.interface in managed)
+        if (hop.ipv4 is not None and not ipv4) or (hop.ipv6 is not None and not ipv6):  # half of it is left
+            why_not[number] = f"its {'IPv4' if ipv6 else 'IPv6'} next hop behind {name} does not answer"
+        records[number] = hop.record(hop.interface in managed, ipv4, ipv6)
 
     def _links(self) -> dict[str, Link]:
         return {
@@ -192,12 +191,12 @@ class RouteWatch:
             for link in self._ipr.get_links()
         }
 
-    def _answering(self, interface: int, address: bytes | None) -> bytes | None:
-        """The address of a next hop if it answers; zeros stand for the destination, which is not asked."""
+    def _answers(self, interface: int, address: bytes | None) -> bool:
+        """Whether there is a next hop and it answers; zeros stand for the destination, which is not asked."""
         if address is None or not any(address):
-            return address
+            return address is not None
         self._wanted.add((interface, address))
-        return address if self._neighbours.get((interface, address), 0) & _ANSWERS else None
+        return bool(self._neighbours.get((interface, address), 0) & _ANSWERS)
 
     def _ask(self, unless: int) -> None:
         """Have the kernel ask the next hops whose state is none of `unless`."""

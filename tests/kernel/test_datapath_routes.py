@@ -18,11 +18,8 @@ from fabricpilot.levels import Thresholds
 from fabricpilot.wire import FlowVerdict
 from hostagent.datapath.base import Settings
 from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.steering import Steering
 from hostagent.flow_control import FlowControl, check
-
-# Minutes of real transfers over up to four paths, with pauses that a busy machine stretches; by default routes are
-# tested by test_agent_flow_control.py.
-pytestmark = pytest.mark.slow
 
 PORT = 5001
 SETTINGS = Settings(Thresholds((50_000, 500_000, 2_000_000)), (32, 24, 16, 8), (1, 2, 3, 4))
@@ -57,9 +54,13 @@ class Fabric:
         config = load(AgentConfig, None, {"routes.paths": [*paths, *extra], "routes.gap_ms": gap_ms}, {})
         config = msgspec.structs.replace(config, rules=[msgspec.convert(rule, Rule) for rule in rules])
         control = FlowControl(config, self.datapath, self.ipr)
-        if usable:  # next hops have answered
-            _wait(lambda: control.on_event() or set(control.usable_routes) >= set(range(1, self.paths)))
+        if usable:  # next hops have answered, of both IP versions: with those of one a route is usable already
+            _wait(lambda: control.on_event() or self._all_usable(control))
         return control
+
+    def _all_usable(self, control: FlowControl) -> bool:
+        told = control.status()["routes"]
+        return all(told[str(path)] == "usable" for path in range(1, self.paths))
 
     def sent(self) -> list[int]:
         """Bytes that have left by each path so far."""
@@ -137,7 +138,7 @@ class Transfer:
         self._thread.start()
         with in_netns(fabric.sender):
             self.socket = socket.create_connection((PEER[version], port), 10, source_address=(ME[version], 0))
-        self.version = version
+        self.version, self.port = version, port
         self.source_port = self.socket.getsockname()[1]
         self.sent = 0
 
@@ -158,7 +159,7 @@ class Transfer:
             time.sleep(0.002)
 
     def verdict(self, route: int, ttl_s: float = 60.0, level: int = -1) -> FlowVerdict:
-        return FlowVerdict(ME[self.version], PEER[self.version], self.source_port, PORT, 6, level, route, ttl_s)
+        return FlowVerdict(ME[self.version], PEER[self.version], self.source_port, self.port, 6, level, route, ttl_s)
 
     def close(self) -> None:
         self.socket.close()
@@ -177,6 +178,43 @@ def assert_all_by(sent: list[int], path: int, size_bytes: int) -> None:
     assert sum(sent) - sent[path] < 20_000, sent  # neighbour discovery, replies
 
 
+def test_verdicts_move_flows_of_both_ip_versions(fabric):
+    """The small version of what follows, which takes minutes on a busy machine."""
+    control = fabric.control()
+    transfers = [Transfer(fabric, 4), Transfer(fabric, 6, PORT + 1)]
+    try:
+        for path in (1, 0):
+            control.tick()
+            control.take([transfer.verdict(path, ttl_s=60.0 * path) for transfer in transfers])
+            for transfer in transfers:
+                time.sleep(0.06)  # the first packet after it begins the wait for a gap
+                transfer.send(10)
+                time.sleep(0.06)
+                assert_all_by(moved(fabric, transfer, 50_000), path, 50_000)
+    finally:
+        for transfer in transfers:
+            transfer.close()
+        control.close()
+
+
+def test_a_next_hop_of_one_ip_version_comes_and_goes_without_those_of_the_other(fabric):
+    """Were the route withdrawn meanwhile, flows of the other version would leave it until their next gap."""
+    control = fabric.control()
+    hop, withdrawn = path_address(6, 1, 1), []
+    control._steering._write = lambda record: (
+        withdrawn.append(int(record["usable_routes"][0]) & 2 == 0),
+        Steering._write(control._steering, record),
+    )
+    run("ip", "-6", "neigh", "replace", hop, "dev", "nic1", "nud", "failed", netns=fabric.sender)
+    _wait(lambda: control.on_event() or "IPv6 next hop" in control.status()["routes"]["1"])
+    _wait(lambda: control.tick() or control.on_event() or control.status()["routes"]["1"] == "usable")
+    assert withdrawn
+    assert not any(withdrawn)
+    control.close()
+    assert withdrawn[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fabric", [2, 4], indirect=True)
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_verdict_sends_a_flow_by_each_path_in_turn(fabric, version):
@@ -186,6 +224,7 @@ def test_a_verdict_sends_a_flow_by_each_path_in_turn(fabric, version):
         assert control.usable_routes == tuple(range(1, fabric.paths))
         assert_all_by(moved(fabric, transfer, 300_000), 0, 300_000)
         for path in [*range(1, fabric.paths), 1]:
+            control.tick()  # an agent that is there
             control.take([transfer.verdict(path)])
             time.sleep(0.06)  # the first packet after it begins the wait for a gap
             transfer.send(10)
@@ -206,6 +245,7 @@ def test_a_verdict_sends_a_flow_by_each_path_in_turn(fabric, version):
         control.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fabric", [4], indirect=True)
 @pytest.mark.parametrize("version", [4, 6])
 def test_rules_send_flows_by_their_ports_from_the_first_packet(fabric, version):
@@ -221,6 +261,7 @@ def test_rules_send_flows_by_their_ports_from_the_first_packet(fabric, version):
         control.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("how", ["down", "carrier", "deleted"])
 def test_a_route_whose_link_goes_is_left_at_once_and_found_again(fabric, version, how):
@@ -264,6 +305,7 @@ def test_a_route_whose_link_goes_is_left_at_once_and_found_again(fabric, version
         control.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_next_hop_that_does_not_answer_withdraws_its_route_until_it_does(fabric, version):
     hop, length = path_address(version, 1, 1), 24 if version == 4 else 64
@@ -299,6 +341,7 @@ def test_a_next_hop_that_does_not_answer_withdraws_its_route_until_it_does(fabri
         control.close()
 
 
+@pytest.mark.slow
 def test_a_flow_without_a_gap_keeps_its_route_unless_told_otherwise(fabric):
     with in_netns(fabric.sender):
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -325,6 +368,7 @@ def test_a_flow_without_a_gap_keeps_its_route_unless_told_otherwise(fabric):
         control.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_message_takes_the_new_route_from_its_first_packet(fabric, version):
     control = fabric.control(gap_ms=30_000)
@@ -340,6 +384,7 @@ def test_a_message_takes_the_new_route_from_its_first_packet(fabric, version):
         control.close()
 
 
+@pytest.mark.slow
 def test_when_nobody_watches_flows_return_to_the_kernels_choice(fabric):
     control = fabric.control(rules=[{"route": 1}])
     transfer = Transfer(fabric, 4)
@@ -352,6 +397,7 @@ def test_when_nobody_watches_flows_return_to_the_kernels_choice(fabric):
     control.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_route_by_mark_follows_policy_routing(fabric, version):
     gateway = path_address(version, 1, 1)
@@ -374,6 +420,7 @@ def test_a_route_by_mark_follows_policy_routing(fabric, version):
         control.close()
 
 
+@pytest.mark.slow
 def test_packets_of_a_routed_flow_carry_their_level(fabric):
     control = fabric.control(rules=[{"route": 1}])
     with in_netns(fabric.receiver):
@@ -396,6 +443,7 @@ def test_packets_of_a_routed_flow_carry_their_level(fabric):
         control.close()
 
 
+@pytest.mark.slow
 def test_a_flow_label_chooses_among_equal_paths(fabric):
     """The sender's next router spreads IPv6 by flow label: it is the receiver's namespace, told by what it sees."""
     labels = {}
@@ -423,6 +471,7 @@ def test_a_flow_label_chooses_among_equal_paths(fabric):
     assert labels == {0x11111: {0x11111}, 0x22222: {0x22222}}
 
 
+@pytest.mark.slow
 def test_a_flow_label_spreads_tunnelled_ipv4_by_the_outer_source_port(fabric):
     vxlan = ("vxlan", "id", "5", "dstport", "4789", "dev", "nic0", "remote", path_address(4, 0, 1))
     run("ip", "link", "add", "vx0", "type", *vxlan, netns=fabric.sender)
