@@ -86,7 +86,10 @@ class Enforcement:
         policy = self._registry.policy_of(host)
         shared = self._registry.shared_policy_of(host)
         now_ms = int(time.time() * 1000)
-        if policy is None or shared is None or not policy.epoch < host.epoch < now_ms + _MS_PER_DAY:
+        if policy is None or shared is None or host.epoch >= now_ms + _MS_PER_DAY:
+            return policy
+        another = host.hello.epoch == policy.epoch and tuple(host.hello.thresholds) != policy.thresholds.bytes
+        if host.epoch <= policy.epoch and not another:
             return policy
         self.epoch = next_epoch(self.epoch, [host.epoch], now_ms)
         own = replace(policy, epoch=self.epoch)
