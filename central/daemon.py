@@ -106,6 +106,7 @@ class Central:
         self._control = control
         self._workers = workers
         self._started_at = time.time()
+        self._regroup_at = 0.0
         self._unidentified = 0
         self._decision_s: deque[float] = deque(maxlen=_DECISIONS_KEPT)
         self._learned: Answered[Lesson, Learned] | None = None
@@ -244,6 +245,9 @@ class Central:
 
     def _ask(self, now_s: float) -> None:
         """A new round for the workers that are done with the one before."""
+        if self._config.policy.groups == "clustered" and now_s >= self._regroup_at:
+            self.steering.regroup(now_s)
+            self._regroup_at = now_s + self._config.policy.window_s / 2
         summaries = list(self.registry.summaries(now_s))
         if not self._workers.policy.busy:
             self._workers.policy.submit(self.steering.questions(summaries))

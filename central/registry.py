@@ -204,6 +204,14 @@ class Registry:
             if host.group == group and host.hello.levels == levels and not host.lost
         ]
 
+    def by_configured_group(self) -> dict[str, list[Host]]:
+        """Hosts that are not lost, by the group they say."""
+        present: dict[str, list[Host]] = defaultdict(list)
+        for host in self.hosts.values():
+            if not host.lost:
+                present[host.hello.group].append(host)
+        return present
+
     def summaries(self, now_s: float, group: str = "") -> Iterator[GroupSummary]:
         """One summary per group and K. Sizes and load are the whole group's: K does not shape the traffic.
 

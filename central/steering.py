@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import get_args
 
+from central.clustering import MIN_FLOWS, divide
 from central.enforcement import Enforcement
 from central.guard.keeper import GroupGuard, Mode
 from central.guard.memory import GuardMemory, Remembered
@@ -70,6 +71,19 @@ class Steering:
         if guard is not None and guard.trial is not None and self._registry.follows(host):
             guard.observe(host.name, self._registry.experienced(host, report))
         self._enforcement.repeat(host, now_s)
+
+    def regroup(self, now_s: float) -> None:
+        """Divide the groups by what their hosts send; those that change their part get what it has."""
+        for group, hosts in self._registry.by_configured_group().items():
+            sizes = {host.name: host.sizes.at(now_s) for host in hosts}
+            enough = {name: counts for name, counts in sizes.items() if counts.sum() >= MIN_FLOWS}
+            parts = divide(enough, {host.name: host.cluster for host in hosts})
+            moved = [host for host in hosts if parts.get(host.name, host.cluster) != host.cluster]
+            for host in moved:
+                self._registry.move(host, parts[host.name])
+            if moved:
+                log.info("group %s: %d host(s) go to another part by what they send", group, len(moved))
+                self._enforcement.tell(moved, now_s)
 
     def questions(self, summaries: Iterable[GroupSummary]) -> list[GroupSummary]:
         """For the scheme: it compares with what it last decided itself, whatever was promoted since."""

@@ -24,6 +24,8 @@ from fabricpilot.options import start_logging
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 60.0  # for one answer; the first one also loads the libraries
+MAX_REST_S = 300.0  # a worker that dies again and again is started so seldom at last
+_FIRST_REST_S = 1.0  # after the second death without an answer in between; doubles with each further one
 
 AskedT = TypeVar("AskedT")
 AnswerT = TypeVar("AnswerT")
@@ -65,12 +67,14 @@ class Worker(Generic[AskedT, AnswerT]):
         self._asked: AskedT | None = None
         self._asked_at = 0.0
         self._running: tuple[BaseProcess, Connection] | None = None
+        self._deaths = 0  # since the last answer
+        self._rest_until = 0.0
         self._start()
 
     @property
     def busy(self) -> bool:
-        """Whether a question is open."""
-        return self._asked is not None
+        """Whether it takes no question now: one is open, or it has died too often to be started again already."""
+        return self._asked is not None or (self._running is None and time.monotonic() < self._rest_until)
 
     @property
     def pid(self) -> int | None:
@@ -108,6 +112,7 @@ class Worker(Generic[AskedT, AnswerT]):
             self._drop(f"its answer is none: {error}")
             return None
         asked, self._asked = self._asked, None
+        self._deaths = 0
         return Answered(asked, answer, seconds) if asked is not None else None
 
     def close(self, grace_s: float = 0.0) -> None:
@@ -132,8 +137,16 @@ class Worker(Generic[AskedT, AnswerT]):
         self._running = (process, near)
 
     def _drop(self, why: str) -> None:
-        """Without a worker until the next question, so that one that cannot start is tried once per question."""
-        log.error("%s worker dropped: %s; hosts keep what they have, the next round starts another", self.name, why)
+        """Without a worker until the next question that it may be started for."""
+        rest_s = min(MAX_REST_S, _FIRST_REST_S * 2.0 ** min(self._deaths - 1, 16)) if self._deaths else 0.0
+        self._deaths += 1
+        self._rest_until = time.monotonic() + rest_s
+        log.error(
+            "%s worker dropped: %s; hosts keep what they have, another is started in %.0f s or later",
+            self.name,
+            why,
+            rest_s,
+        )
         self.close()
 
 

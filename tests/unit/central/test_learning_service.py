@@ -49,7 +49,7 @@ def worker(name, folder=None):
 
 def collect(one):
     end = time.monotonic() + 60
-    while (answered := one.collect()) is None and one.busy:
+    while (answered := one.collect()) is None and one.pid is not None:
         assert time.monotonic() < end
         time.sleep(0.005)
     return answered
@@ -160,6 +160,7 @@ def test_a_learner_that_ends_its_process_is_started_again():
             process.submit(LESSON)
             assert collect(process) is None
             assert process.restarts == attempt
+            assert process.busy == (attempt > 0)  # one that dies again and again rests before it is started again
 
 
 def test_a_learner_that_hangs_is_given_up(monkeypatch):
