@@ -1,13 +1,15 @@
 """`detach` leaves no trace, whatever came before it: an agent killed at any step, or a detach killed at any step.
 
 A child works in the namespace and kills itself (SIGKILL) right before its n-th change of anything outside itself: a
-pin, a map entry, a folder or file, a filter, a qdisc, a temporary interface. For n = 1, 2, ... until it gets through.
+pin, a map entry, a folder or file, a filter, a qdisc, a temporary interface, an nftables transaction, a sysctl. For
+n = 1, 2, ... until it gets through. With both data paths of the kernel.
 """
 
 import json
 import os
 import signal
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,19 +17,21 @@ from datapath_kit import bpf_file_system, bpf_objects, in_netns, run, start_agen
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, load
+from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath import ebpf_loader, tc_filter, upgrade
+from hostagent.datapath import ebpf_loader, nft_library, nftables, open_datapath, tc_filter, upgrade
 from hostagent.lifecycle import bring_up, take_down
 from hostagent.qdisc import rtnetlink, snapshot, support
 
 FLOW_ENTRIES = 4096
 MOST_STEPS = 200
+OTHER = Thresholds((111, 222, 333))
 
 
 class Host:
     """A namespace, entered, whose NIC somebody has given a shaper, and another NIC a clsact."""
 
-    def __init__(self, directory: Path, pins: Path, loaded: set[tuple[str, int]]):
+    def __init__(self, backend: str, directory: Path, pins: Path, loaded: set[tuple[str, int]]):
         self.pins = pins
         self.loaded = loaded  # what this process keeps in the kernel
         self.run_dir = directory / "run"
@@ -37,6 +41,7 @@ class Host:
             {
                 "host.interfaces": ["nic0", "nic1"],
                 "host.run_dir": str(self.run_dir),
+                "datapath.backend": backend,
                 "datapath.pin_dir": str(pins / "fabricpilot"),
                 "datapath.flow_entries": FLOW_ENTRIES,
                 "queues.link_rate": "100Mbit",
@@ -61,10 +66,14 @@ class Host:
             shown += [run("tc", "filter", "show", "dev", name, *where) for where in ((), ("egress",), ("ingress",))]
         shown += sorted(run("tc", "qdisc", "show").replace("refcnt 3", "refcnt 2").splitlines())
         shown += sorted(str(path) for path in self.pins.rglob("*"))
+        if self.config.datapath.backend == "nftables":
+            sysctls = run("sysctl", "net.netfilter").splitlines()  # conntrack's entries are the host's: they fade
+            shown += [line for line in sysctls if "nf_conntrack_count" not in line]
+            shown += [run("nft", "--stateless", "list", "ruleset")]
         return shown + sorted(str(path) for path in self.run_dir.glob("qdisc-*"))
 
     def surroundings(self) -> list[str]:
-        """What an agent with an eBPF data path has no business with."""
+        """What an agent has no business with, or must have put back."""
         settings = []
         for path in sorted(Path("/proc/sys/net").rglob("*")):
             try:
@@ -80,18 +89,36 @@ class Host:
         with IPRoute() as ipr:
             scheduled = bring_up(self.config, ipr)
             scheduled.roster.watch.close()
-            scheduled.flow_control.close()
+            if scheduled.flow_control is not None:
+                scheduled.flow_control.close()
             scheduled.datapath.close()
+
+    def apply(self) -> None:
+        """Other thresholds, as central sends them."""
+        datapath = open_datapath(self.config.datapath)
+        datapath.apply(replace(datapath.settings(), thresholds=OTHER))
+        datapath.close()
+
+    def thresholds(self) -> Thresholds:
+        """Those in force."""
+        datapath = open_datapath(self.config.datapath)
+        settings = datapath.settings()
+        datapath.close()
+        return settings.thresholds
 
     def detach(self) -> None:
         with IPRoute() as ipr:
             take_down(self.config, ipr)
 
     def assert_scheduled(self) -> None:
+        if self.config.datapath.backend == "nftables":
+            assert all(f'"{nic}"' in run("nft", "list", "table", "inet", "fabricpilot") for nic in ("nic0", "nic1"))
         for nic in ("nic0", "nic1"):
+            assert " fab: root" in run("tc", "qdisc", "show", "dev", nic)
+            if self.config.datapath.backend != "ebpf":
+                continue
             filters = json.loads(run("tc", "-j", "filter", "show", "dev", nic, "egress"))
             assert [str(f["options"]["bpf_name"])[:11] for f in filters if "options" in f] == ["fabricpilot"]
-            assert " fab: root" in run("tc", "qdisc", "show", "dev", nic)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +135,7 @@ def program(tmp_path_factory):
 
 
 @pytest.fixture
-def host(make_netns, tmp_path, program, monkeypatch):
+def host(request, make_netns, tmp_path, program, monkeypatch):
     def load_again(new, flow_entries, old_dir=None, agreeing=()):
         for name, fd in program[0].items():
             bpf.obj_pin(fd, new / name)
@@ -116,7 +143,7 @@ def host(make_netns, tmp_path, program, monkeypatch):
 
     monkeypatch.setattr(upgrade, "load", load_again)
     with bpf_file_system(tmp_path / "bpf") as pins, in_netns(make_netns("host")):
-        made = Host(tmp_path, pins, program[1])
+        made = Host(request.param, tmp_path, pins, program[1])
         yield made
         made.detach()
 
@@ -126,6 +153,8 @@ CHANGES = (
     *((bpf, name) for name in ("obj_pin", "update", "delete")),
     *((tc_filter, name) for name in ("add_clsact", "set_filter", "remove_filter", "remove_clsact_if_empty")),
     (rtnetlink, "_send"),
+    (nft_library.Nft, "run"),
+    (nftables, "_write_sysctl"),
     *((module, name) for module in (support, snapshot) for name in ("add_scratch_link", "remove_link")),
 )
 
@@ -163,14 +192,19 @@ def killed_at(step: int, act) -> bool:
 
 
 @pytest.mark.parametrize("then", ["detach", pytest.param("run, detach", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", ["attach", "detach"])
+@pytest.mark.parametrize("what", ["attach", "apply", "detach"])
+@pytest.mark.parametrize("host", ["ebpf", "nftables"], indirect=True)
 def test_killed_at_every_step(host, what, then):
     before, surroundings = host.state(), host.surroundings()
     objects = set()
     for step in range(1, MOST_STEPS):
-        if what == "detach":
+        if what != "attach":
             host.attach()
+        if what == "apply":
+            whole = {OTHER, host.thresholds()}
         killed = killed_at(step, getattr(host, what))
+        if what == "apply":
+            assert host.thresholds() in whole
         objects |= bpf_objects(host.pins / "fabricpilot", host.pins / "fabricpilot-new")
         if then != "detach":
             host.attach()
@@ -180,7 +214,7 @@ def test_killed_at_every_step(host, what, then):
         if not killed:
             break
     print(f"{step - 1} changes")
-    assert 20 < step < MOST_STEPS - 1
+    assert (0 if what == "apply" else 5) < step - 1 < MOST_STEPS - 2
     assert host.surroundings() == surroundings
     wait_until_freed(objects - host.loaded)
 
