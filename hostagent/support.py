@@ -62,21 +62,24 @@ _QUEUES: Final = {
 def probe(section: DatapathSection) -> list[Finding]:
     """Try everything; never raises for something missing, and changes nothing (a bpffs is not mounted)."""
     from hostagent.datapath import bpf_refused
-    from hostagent.datapath.ebpf import EbpfDatapath
+    from hostagent.datapath.ebpf import EbpfDatapath, kernel_capabilities
     from hostagent.datapath.nftables import NftablesDatapath
+
+    def nftables() -> list[Finding]:
+        return [*_for_nftables(), *_capabilities(NftablesDatapath.name, NftablesDatapath.capabilities, section)]
 
     if section.backend == "fake":
         return [Finding("fake", "fake data path", True, True, "needs no kernel support")]
     if section.backend == "nftables":
-        return [*_for_nftables(), *_capabilities(NftablesDatapath.name, NftablesDatapath.capabilities)]
+        return nftables()
     findings = _for_ebpf(section)
     if section.backend == "auto" and bpf_refused() and _privileges("NET_ADMIN").ok:
         # `auto` is the other data path here: what eBPF lacks is told, and stops nobody.
         told = [replace(finding, required=False) for finding in findings if finding.id != "privileges"]
-        return [*told, *_for_nftables(), *_capabilities(NftablesDatapath.name, NftablesDatapath.capabilities)]
+        return [*told, *nftables()]
     if not findings[0].ok:
         return findings  # nothing else can be tried, and saying so ten times helps nobody
-    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, EbpfDatapath.capabilities)]
+    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, kernel_capabilities(), section)]
 
 
 def _for_nftables() -> list[Finding]:
@@ -102,11 +105,16 @@ def _for_ebpf(section: DatapathSection) -> list[Finding]:
     return findings
 
 
-def _capabilities(backend: str, has: frozenset[str]) -> list[Finding]:
-    return [
-        Finding(f"can_{name}", what, name in has, False, "" if name in has else f"not with the {backend} data path")
-        for name, what in CAPABILITIES.items()
-    ]
+def _capabilities(backend: str, has: frozenset[str], section: DatapathSection) -> Iterator[Finding]:
+    """What the data path can do here. What is configured, and it cannot, stops the agent unless `auto` chose it."""
+    from hostagent.datapath import configured_beyond
+
+    configured = configured_beyond(has, section)
+    for name, what in CAPABILITIES.items():
+        why = "" if name in has else f"not with the {backend} data path"
+        if name in configured:
+            why += f", and {configured[name]} asks for it"
+        yield Finding(f"can_{name}", what, name in has, name in configured and section.backend != "auto", why)
 
 
 def _privileges(*needed: str) -> Finding:

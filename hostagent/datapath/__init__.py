@@ -56,12 +56,18 @@ def open_datapath(section: DatapathSection) -> Datapath:
 
 def missing_capabilities(datapath: Datapath, section: DatapathSection) -> list[str]:
     """What is configured and `datapath` cannot do, one text each."""
-    return [
-        f"datapath.{key} = {getattr(section, key)} needs {capability}: {CAPABILITIES[capability]}"
+    lacking = configured_beyond(datapath.capabilities, section)
+    return [f"{setting} needs {name}: {CAPABILITIES[name]}" for name, setting in lacking.items()]
+
+
+def configured_beyond(capabilities: frozenset[str], section: DatapathSection) -> dict[str, str]:
+    """By capability that is needed and not there: the setting that needs it, as "datapath.key = value"."""
+    return {
+        capability: f"datapath.{key} = {getattr(section, key)}"
         for key, value, capability in _NEEDS
         if (getattr(section, key) == value if value else getattr(section, key) != getattr(_DEFAULTS, key))
-        and capability not in datapath.capabilities
-    ]
+        and capability not in capabilities
+    }
 
 
 def _open(backend: str, section: DatapathSection) -> Datapath:

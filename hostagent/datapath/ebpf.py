@@ -55,6 +55,12 @@ _READ: Final = {
 }
 
 
+def kernel_capabilities() -> frozenset[str]:
+    """What this data path can do on the running kernel; the backlog needs its BTF."""
+    always = ("adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages", "share", "sockets")
+    return frozenset((*always, "backlog") if KERNEL_BTF.exists() else always)
+
+
 class EbpfDatapath:
     """The `Datapath` on a clsact egress program; see base.py for the contract.
 
@@ -68,9 +74,6 @@ class EbpfDatapath:
     """
 
     name = "ebpf"
-    capabilities = frozenset(
-        {"adopt", "exact_payload", "segments", "evict", "forget", "bridged", "messages", "share", "sockets"}
-    )
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
         if not pin_dir.is_absolute() or "." in pin_dir.name:
@@ -84,8 +87,7 @@ class EbpfDatapath:
         self._ipr: IPRoute | None = None
         self._evicted = 0
         self._last_flows = 0
-        if KERNEL_BTF.exists():
-            self.capabilities |= {"backlog"}
+        self.capabilities = kernel_capabilities()
         self._pins = Pins.open(pin_dir)
         if self._pins is not None and not pinned.check_namespace(self._pins):
             log.info("removing the data path pinned in %s: its network namespace no longer exists", pin_dir)

@@ -47,12 +47,20 @@ class Flood:
         self.sent += flows
 
 
+_SYN, _DATA = build_frame(flow_key(), syn=True), build_frame(flow_key(), 100, sequence=1)
+
+
 def syn_of(number: int) -> bytes:
-    return build_frame(flow_key(source_port=10_000 + number), syn=True)
+    return _of_port(_SYN, 10_000 + number)
 
 
 def data_of(number: int) -> bytes:
-    return build_frame(flow_key(source_port=10_000 + number), 100, sequence=1)
+    return _of_port(_DATA, 10_000 + number)
+
+
+def _of_port(frame: bytes, port: int) -> bytes:
+    """Its checksum is left to the NIC."""
+    return frame[: SOURCE_PORT.start] + port.to_bytes(2, "big") + frame[SOURCE_PORT.stop :]
 
 
 def under_way(sender: KernelSender, flows: int) -> dict[int, int]:
@@ -214,7 +222,8 @@ def test_insertions_that_fail_stop_no_packet(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [0, 20_000])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rate", [0, 2000])
 def test_a_million_spoofed_syns(tmp_path, rate):
     """A table of the default size, 2,000 flows under way of which half fall silent, a million SYNs."""
     with bpf_file_system(tmp_path / "bpf") as root:
