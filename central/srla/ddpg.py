@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 Singles = npt.NDArray[np.float32]
 
+_LEAST_PRIORITY = 1e-3  # what was predicted exactly is still drawn now and then
+_LEAST_DEVIATION = 0.05  # of a feature in [0, 1]: what hardly varies is not blown up
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,6 +32,7 @@ class Settings:
         actor_layers: hidden units per layer of the actor.
         state_layers: of the critic, on the state alone, before the action enters (the paper: 600, 600).
         joint_layers: of the critic, on those and the action (the paper: one layer).
+        relative_critic: the critic is 0 at action 0 by construction, as relative rewards with gamma 0 are.
         actor_rate: Adam's step of the actor; 0 freezes it.
         critic_rate: of the critic.
         gamma: discount of what follows; 0 makes every step its own problem.
@@ -38,6 +42,7 @@ class Settings:
         prioritised: exponent of the replay's priorities (Schaul et al., 2016); 0 draws uniformly.
         importance: exponent that corrects for it.
         policy_delay: critic updates per actor update.
+        actor_waits: critic updates before the actor's first, so that it does not follow a critic that knows nothing.
         anchor: pull of the actor towards action 0, in reward per squared unit: keeps it at the base where the critic
             sees next to nothing to gain.
         noise_start: standard deviation of the exploration noise at first, in units of the action.
@@ -46,9 +51,10 @@ class Settings:
         gradient_norm: longest gradient of an update.
     """
 
-    actor_layers: tuple[int, ...] = (256, 256)
+    actor_layers: tuple[int, ...] = (128, 128)
     state_layers: tuple[int, ...] = ()
-    joint_layers: tuple[int, ...] = (256, 256)
+    joint_layers: tuple[int, ...] = (128, 128)
+    relative_critic: bool = True
     actor_rate: float = 3e-4
     critic_rate: float = 1e-3
     gamma: float = 0.0
@@ -58,6 +64,7 @@ class Settings:
     prioritised: float = 0.0
     importance: float = 0.5
     policy_delay: int = 2
+    actor_waits: int = 500
     anchor: float = 0.002
     noise_start: float = 0.4
     noise_end: float = 0.1
@@ -66,7 +73,14 @@ class Settings:
 
 
 # AuTO's networks for 700 features: actor 600-600, critic 600-600 on the state, then a layer with the action.
-PAPER = Settings(actor_layers=(600, 600), state_layers=(600, 600), joint_layers=(600,), gamma=0.9, anchor=0.0)
+PAPER = Settings(
+    actor_layers=(600, 600),
+    state_layers=(600, 600),
+    joint_layers=(600,),
+    relative_critic=False,
+    gamma=0.9,
+    anchor=0.0,
+)
 
 
 @dataclass(frozen=True)
@@ -92,10 +106,9 @@ class Scaled(nn.Module):
         self.deviation = nn.Buffer(torch.ones(features))
 
     def fit(self, states: Tensor) -> None:
-        """Take the statistics from these states; features that hardly vary keep their scale."""
+        """Take the statistics from these states."""
         self.mean.copy_(states.mean(0))
-        spread = states.std(0, unbiased=False)
-        self.deviation.copy_(torch.where(spread > 1e-3, spread, torch.ones_like(spread)))
+        self.deviation.copy_(states.std(0, unbiased=False).clamp_min(_LEAST_DEVIATION))
 
     def forward(self, state: Tensor) -> Tensor:
         """Shape kept; what is far outside of all seen is cut."""
@@ -119,16 +132,26 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a): the return expected, (B,)."""
+    """Q(s, a): the return expected, (B,).
+
+    `relative`: Q(s, a) = f(s, a) - f(s, 0), for rewards that compare with the base: what is known to be 0 there need
+    not be learned, state by state, from noise.
+    """
 
     def __init__(
-        self, features: int, actions: int, state_layers: tuple[int, ...], joint_layers: tuple[int, ...]
+        self,
+        features: int,
+        actions: int,
+        state_layers: tuple[int, ...],
+        joint_layers: tuple[int, ...],
+        relative: bool = False,
     ) -> None:
         super().__init__()
         self.scaled = Scaled(features)
         self.state = _stack(features, state_layers)
         self.joint = _stack((state_layers[-1] if state_layers else features) + actions, joint_layers)
         self.out = nn.Linear(joint_layers[-1], 1)
+        self.relative = relative
         nn.init.uniform_(self.out.weight, -3e-3, 3e-3)
         nn.init.zeros_(self.out.bias)
 
@@ -136,6 +159,8 @@ class Critic(nn.Module):
         """Returns of state-action pairs."""
         seen = self.state(self.scaled(state))
         value: Tensor = self.out(self.joint(torch.cat((seen, action), dim=1)))[:, 0]
+        if self.relative:
+            value = value - self.out(self.joint(torch.cat((seen, torch.zeros_like(action)), dim=1)))[:, 0]
         return value
 
 
@@ -177,7 +202,7 @@ class Replay:
     ) -> None:
         """Rows of transitions; new ones have the highest priority there is, so that each is seen."""
         rows = np.arange(self.added, self.added + len(reward)) % self.size
-        highest = self.priority[: len(self)].max(initial=1e-3)
+        highest = self.priority[: len(self)].max(initial=_LEAST_PRIORITY)
         for name, values in zip(self._FIELDS, (state, action, mask, reward, following, goes_on, highest), strict=True):
             getattr(self, name)[rows] = values
         self.added += len(reward)
@@ -223,7 +248,9 @@ class Ddpg:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actor = Actor(features, actions, settings.actor_layers)
-            self.critic = Critic(features, actions, settings.state_layers, settings.joint_layers)
+            self.critic = Critic(
+                features, actions, settings.state_layers, settings.joint_layers, settings.relative_critic
+            )
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=settings.actor_rate)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_rate)
@@ -242,6 +269,12 @@ class Ddpg:
         with torch.no_grad():
             chosen: Singles = self.actor(torch.from_numpy(states), torch.from_numpy(masks)).numpy()
         return chosen
+
+    def value(self, states: Singles, actions: Singles) -> Singles:
+        """Q(s, a), shape (n,)."""
+        with torch.no_grad():
+            expected: Singles = self.critic(torch.from_numpy(states), torch.from_numpy(actions)).numpy()
+        return expected
 
     def sigma(self, share_done: float) -> float:
         """Standard deviation of the noise after this share of the training: it falls linearly."""
@@ -263,33 +296,35 @@ class Ddpg:
             then: Tensor = self.critic_target(batch.following, self.actor_target(batch.following, batch.mask))
         return batch.reward + self.settings.gamma * batch.goes_on * then
 
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighed mean of (Q(s, a) - y)^2, and the errors Q - y, shape (B,)."""
+        error = self.critic(batch.state, batch.action) - self.target(batch)
+        loss: Tensor = (batch.weight * error**2).mean()
+        return loss, error.detach()
+
+    def actor_loss(self, batch: Batch) -> Tensor:
+        """Mean of anchor * |mu(s)|^2 - Q(s, mu(s))."""
+        chosen = self.actor(batch.state, batch.mask)
+        value: Tensor = self.critic(batch.state, chosen)
+        loss: Tensor = self.settings.anchor * (chosen**2).sum(1).mean() - value.mean()
+        return loss
+
     def update(self) -> dict[str, float]:
         """One update from the replay; what it was like."""
         s = self.settings
         batch = self.replay.draw(min(s.batch, len(self.replay)), self.random, s.prioritised, s.importance)
-        error = self.critic(batch.state, batch.action) - self.target(batch)
-        critic_loss = (batch.weight * error**2).mean()
-        _step(self.critic, self.critic_adam, critic_loss, s.gradient_norm)
-        self.replay.priority[batch.rows] = error.detach().abs().numpy() + 1e-3
-        told = {"critic_loss": critic_loss.item()}
+        loss, error = self.critic_loss(batch)
+        _step(self.critic, self.critic_adam, loss, s.gradient_norm)
+        self.replay.priority[batch.rows] = error.abs().numpy() + _LEAST_PRIORITY
+        told = {"critic_loss": loss.item()}
         self.updates += 1
-        if self.updates % s.policy_delay == 0 and s.actor_rate > 0:
-            chosen = self.actor(batch.state, batch.mask)
-            value = self.critic(batch.state, chosen).mean()
-            _step(self.actor, self.actor_adam, s.anchor * (chosen**2).sum(1).mean() - value, s.gradient_norm)
-            told["value"] = value.item()
+        if self.updates > s.actor_waits and self.updates % s.policy_delay == 0 and s.actor_rate > 0:
+            loss = self.actor_loss(batch)
+            _step(self.actor, self.actor_adam, loss, s.gradient_norm)
+            told["value"] = -loss.item()
         soft_update(self.critic_target, self.critic, s.tau)
         soft_update(self.actor_target, self.actor, s.tau)
         return told
-
-    def imitate(self, states: Singles, masks: Singles, actions: Singles) -> float:
-        """One supervised step of the actor towards given actions; mean squared error before it."""
-        mask = torch.from_numpy(masks)
-        off = (self.actor(torch.from_numpy(states), mask) - torch.from_numpy(actions)) * mask
-        loss = (off**2).sum() / mask.sum()
-        _step(self.actor, self.actor_adam, loss, self.settings.gradient_norm)
-        soft_update(self.actor_target, self.actor, 1.0)
-        return float(loss.item())
 
     _PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_adam", "critic_adam", "replay")
 

@@ -39,6 +39,7 @@ class Settings:
         range: what situations are drawn from.
         reward: `relative`: log of the objective under the base over that under the action, same flows, times 100 (so
             about the gain in percent); `ratio`: the paper's, the last step's mean FCT over this one's, less 1.
+        cap: bound of the relative reward both ways, so that very bad trials do not outweigh the rest.
         objective: of the relative reward: mean completion time, or mean slowdown.
         flows: flows per step.
         reported: fewest and most flows behind the histogram that the agent sees.
@@ -48,6 +49,7 @@ class Settings:
 
     range: Range = field(default_factory=Range)
     reward: RewardKind = "relative"
+    cap: float = 20.0
     objective: Literal["fct", "slowdown"] = "fct"
     flows: int = 10_000
     reported: tuple[int, int] = (2_000, 100_000)
@@ -145,7 +147,7 @@ class ThresholdTrials(gym.Env[Singles, Singles]):
     `Box(0, 1, (encoding.features,), float32)`: the compact summary and the base, or AuTO's 700 features.
 
     ## Rewards
-    `relative`: 100 times the log of the objective under the base over that under the action, on the same flows.
+    `relative`: 100 times the log of the objective under the base over that under the action, on the same flows, cut.
     `ratio`: the last step's mean FCT over this one's, at most 3, less 1.
 
     ## Starting State
@@ -205,7 +207,8 @@ class ThresholdTrials(gym.Env[Singles, Singles]):
             reward = rewards.ratio(float(before.fct_s.mean()), float(self._seen.fct_s.mean()), REWARD_CAP) - 1
         else:
             objective = self.settings.objective
-            reward = 100 * float(np.log(objective_of(beside, objective) / objective_of(self._seen, objective)))
+            gain = 100 * float(np.log(objective_of(beside, objective) / objective_of(self._seen, objective)))
+            reward = min(max(gain, -self.settings.cap), self.settings.cap)
         self._done += 1
         return self._observe(), reward, False, self._done >= self.settings.steps, {}
 

@@ -173,7 +173,7 @@ class SrlaTrainer:
         if self._round == s.warm and s.kind == "compact":
             self.agent.fit_scales(self.agent.replay.state[: len(self.agent.replay)])
         told |= {"reward": float(reward.mean()), "noise": sigma}
-        if started and (self._round % s.check_every == 0 or self._round == s.rounds):
+        if self._round in (s.warm, s.rounds) or (started and self._round % s.check_every == 0):
             told |= self._check()
         return told
 

@@ -7,6 +7,7 @@ whoever reads sees the old one or the new one, whole. What is read equals what w
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load(path: Path) -> Any:
         with np.load(path, allow_pickle=False) as stored:
             arrays = [stored[f"a{i}"] for i in range(len(stored.files) - 1)]
             return _rebuilt(json.loads(str(stored["tree"])), arrays)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no checkpoint: {error}") from None
 
 
