@@ -4,6 +4,7 @@ One thread and one poller over the link, its handshakes, the control socket, the
 
     Hello  -> registry -> the group's policy at once, if there is one
     Report -> registry, guard -> now and then the policy again (repairs what was lost, and shows that central lives)
+    Report, LongFlows -> long-flow scheduler (another process) -> verdicts to the hosts, within milliseconds
     every policy.interval_s: summaries of all groups -> policy worker, learner worker (other processes)
     decisions, proposals -> steering (guards) -> enforcement -> new epochs to the hosts they are for
 
@@ -28,11 +29,12 @@ from central.enforcement import Enforcement
 from central.guard.memory import GuardMemory
 from central.learning import Learned, Learning, Lesson, find_learner
 from central.link import Arrival, CentralLink
+from central.long_flows import LongFlowDesk, SchedulerWorker, start_scheduler
 from central.planner.announced import Announced
 from central.planner.desk import PlanDesk
 from central.policy import policy_of
 from central.policy.base import Decision, GroupSummary
-from central.registry import Registry
+from central.registry import Host, Registry
 from central.snapshot import group_status, host_status
 from central.steering import Steering
 from central.threshold_log import ThresholdLog
@@ -42,7 +44,7 @@ from fabricpilot.config import CentralConfig
 from fabricpilot.control import ControlServer
 from fabricpilot.errors import UsageError
 from fabricpilot.stopping import StopSignal, stop_signal
-from fabricpilot.wire import Hello, Identify, Refused, Report
+from fabricpilot.wire import Hello, Identify, LongFlows, Refused, Report
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +60,11 @@ LearnerWorker = Worker[Lesson, Learned]
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes beside the daemon; the learner's only if something is to be learned."""
+    """The processes beside the daemon; learner and long-flow scheduler only if they are wanted."""
 
     policy: PolicyWorker
     learner: LearnerWorker | None
+    long_flows: SchedulerWorker | None = None
 
     @classmethod
     def start(cls, config: CentralConfig) -> "Workers":
@@ -75,11 +78,14 @@ class Workers:
         if config.policy.learn != "off":
             find_learner(config.policy.learner)
             learner = LearnerWorker("learner", partial(Learning, config.policy, state_folder(config)))
-        return cls(PolicyWorker("policy", partial(Deciding, config.policy)), learner)
+        scheduler = start_scheduler(config.long_flows)
+        return cls(PolicyWorker("policy", partial(Deciding, config.policy)), learner, scheduler)
 
     def close(self) -> None:
         """End them; the learner may write a last checkpoint."""
         self.policy.close()
+        if self.long_flows is not None:
+            self.long_flows.close()
         if self.learner is not None:
             self.learner.close(_LEARNER_GRACE_S)
 
@@ -98,7 +104,11 @@ class Central:
         policy = config.policy
         self.registry = Registry(policy.window_s, config.central.host_timeout_s, policy.shared_rate)
         self._enforcement = Enforcement(
-            self.registry, link, ThresholdLog(config.central.threshold_log), policy.expiry_s
+            self.registry,
+            link,
+            ThresholdLog(config.central.threshold_log),
+            policy.expiry_s,
+            follows_long_flows=workers.long_flows is not None,
         )
         self.steering = Steering(config, self.registry, self._enforcement, GuardMemory(state_folder(config)))
         self._config = config
@@ -114,6 +124,9 @@ class Central:
         self._reports_per_s = 0.0
         self.announced = Announced()
         self._plans = PlanDesk(config.central.planners, link.send, self.announced)
+        self._long_flows: LongFlowDesk | None = None
+        if workers.long_flows is not None:
+            self._long_flows = LongFlowDesk(config.long_flows, workers.long_flows, self.announced)
         control.answer = self.answer
 
     def run(self) -> None:
@@ -140,6 +153,9 @@ class Central:
         if isinstance(message, Hello):
             self._introduce(arrival, message, now_s)
             return
+        if isinstance(message, LongFlows):
+            self._hear(self.registry.hosts.get(arrival.host), message, now_s)
+            return
         if not isinstance(message, Report):
             self._plans.take(arrival.peer, message, now_s)
             return
@@ -151,9 +167,14 @@ class Central:
             self._link.send([arrival.peer], Identify())
             return
         self._reports += 1
+        self._hear(host, message, now_s)
         if was_lost:
             log.info("host %s is back", host.name)
         self.steering.reported(host, message, now_s)
+
+    def _hear(self, host: Host | None, message: Report | LongFlows, now_s: float) -> None:
+        if self._long_flows is not None and host is not None:
+            self._long_flows.hear(host, message, now_s)
 
     def apply(self, decided: Answered[list[GroupSummary], list[Decision]], now_s: float) -> None:
         """Put the scheme's decisions into force."""
@@ -194,6 +215,7 @@ class Central:
             "decision_s": _quantiles(self._decision_s),
             "worker_restarts": self._workers.policy.restarts,
             "learner": self._learner_status(),
+            "long_flows": self._long_flows.status() if self._long_flows is not None else {"scheme": "off"},
             "link": {**self._link.counters, "unidentified": self._unidentified, "handshakes": self._link.handshakes},
             "plans": self._plans.status(now_s),
             "groups": [
@@ -222,6 +244,8 @@ class Central:
             self._collect(self._workers.policy, self.apply, now_s)
             if self._workers.learner is not None:
                 self._collect(self._workers.learner, self.consider, now_s)
+            if self._long_flows is not None:
+                self._long_flows.step(now_s, self._send_verdicts)
             if now_s >= decide_at:
                 self._ask(now_s)
                 decide_at = max(decide_at + interval_s, now_s + interval_s / 2)
@@ -234,7 +258,7 @@ class Central:
 
     def _watch_workers(self, poller: zmq.Poller, watched: Sequence[int]) -> list[int]:
         """Have the poller wake for the workers there are now: a worker may have been replaced, or have gone."""
-        workers = [self._workers.policy, self._workers.learner]
+        workers = [self._workers.policy, self._workers.learner, self._workers.long_flows]
         present = [worker.fileno() for worker in workers if worker is not None and worker.fileno() >= 0]
         if present != watched:
             for descriptor in watched:
@@ -260,6 +284,11 @@ class Central:
         answered = worker.collect()
         if answered is not None:
             use(answered, now_s)
+
+    def _send_verdicts(self, name: str, frame: bytes) -> None:
+        host = self.registry.hosts.get(name)
+        if host is not None and not host.lost:
+            self._link.send_frame([host.peer], frame)
 
     def _introduce(self, arrival: Arrival, hello: Hello, now_s: float) -> None:
         known = self.registry.hosts.get(arrival.host)

@@ -33,14 +33,23 @@ class Enforcement:
         link: to them.
         changes: where changes are recorded.
         expiry_s: of policies.
+        follows_long_flows: hosts are to tell at once of flows that become long.
     """
 
-    def __init__(self, registry: Registry, link: CentralLink, changes: ThresholdLog, expiry_s: float) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        link: CentralLink,
+        changes: ThresholdLog,
+        expiry_s: float,
+        follows_long_flows: bool = False,
+    ) -> None:
         self.epoch = 0  # the last one given out
         self._registry = registry
         self._link = link
         self._changes = changes
         self._expiry_s = expiry_s
+        self._follows_long_flows = follows_long_flows
         self._repeat_s = min(REPEAT_S, expiry_s / 3)
 
     def follow(self, summary: GroupSummary, wanted: Wanted, now_s: float) -> None:
@@ -98,12 +107,13 @@ class Enforcement:
 
     def _message(self, policy: InForce | None) -> Policy | Ack:
         if policy is None:
-            return Ack(epoch=0)
+            return Ack(epoch=0, follows_long_flows=self._follows_long_flows)
         return Policy(
             epoch=policy.epoch,
             thresholds=list(policy.thresholds.bytes),
             expiry_s=self._expiry_s,
             reason=policy.reason[:256],
+            follows_long_flows=self._follows_long_flows,
         )
 
     def _new(self, summary: GroupSummary, thresholds: Thresholds, reason: str, hosts: list[Host]) -> InForce:

@@ -106,7 +106,10 @@ class CentralLink:
 
     def send(self, peers: Iterable[bytes], message: Message) -> int:
         """Send one message to each of the peers; returns to how many it is on its way. Never blocks."""
-        frame = encode(message)
+        return self.send_frame(peers, encode(message))
+
+    def send_frame(self, peers: Iterable[bytes], frame: bytes) -> int:
+        """As `send`, for a message that another process has encoded."""
         reached = 0
         for peer in peers:
             try:

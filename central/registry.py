@@ -59,6 +59,7 @@ class Host:
     settled: bool = False  # it was the same at the report before: what the last one tells came of it
     active: int = 0
     long: int = 0
+    usable_routes: list[int] = field(default_factory=list)  # that lead somewhere, by its last report
     told_s: float = -math.inf  # when central last sent it anything
     cluster: int = 0  # part of its group that it was found to belong to; 0: the group is not divided
 
@@ -143,6 +144,7 @@ class Registry:
         if not host.settled:  # what came of the thresholds before says nothing of these
             host.experience = Experience(self._window_s)
         host.epoch, host.active, host.long = report.epoch, report.active, report.long
+        host.usable_routes = report.usable_routes
         host.sizes.add(report.sizes, now_s)
         host.running = running_counts([flow.size_bytes for flow in report.long_flows], report.long)
         group = self.groups[host.group]

@@ -40,6 +40,7 @@ struct counters {
 	__u64 flowless;                      /* acknowledgements and resets without an entry, which make none: at the top */
 	__u64 insert_failed;                 /* packets that got no entry: those with payload on the last level */
 	__u64 write_failed;                  /* packets whose header the kernel would not let us change */
+	__u64 long_untold;                   /* flows that became long while the ring to user space was full */
 };
 
 /* Key: 0. Value: counters of one CPU; user space adds them up. */

@@ -23,6 +23,7 @@
 #define FLOW_SAW_MESSAGE 4 /* the current message's start was seen, so its attained service is known */
 #define FLOW_UNSENT 8      /* the latest packet left unsent bytes behind in the send buffer */
 #define FLOW_TURN 16       /* at the top until attained_bytes reaches turn_ends_bytes */
+#define FLOW_TOLD 32       /* user space was told that the current message is long (long_flow.h) */
 
 /* Times are CLOCK_MONOTONIC. Those of local TCP sockets are exact; others are of the latest timer tick (1 to 10 ms),
  * which costs a third of an exact reading, but for the flow's first and, once it has ended, its last. */
@@ -56,6 +57,7 @@ BPF_PERCPU_ARRAY(beginning, struct flow_state, 1);
 
 #include "message.h"
 #include "backlog.h"
+#include "long_flow.h"
 #include "admission.h"
 
 static __always_inline __u32 behind(const struct packet *packet)
@@ -135,12 +137,15 @@ static __always_inline struct flow_state *restart_flow(const struct packet *pack
 	return flows.lookup((struct flow_key *)&packet->key);
 }
 
-static __always_inline void see_flow(const struct packet *packet, struct flow_state *flow, __u64 now_ns)
+static __always_inline void see_flow(const struct packet *packet, struct flow_state *flow, __u64 now_ns,
+				     struct counters *counters)
 {
 	if (packet->tcp_flags & (TCP_FIN | TCP_RST)) {
 		if (!(flow->flags & FLOW_ENDED)) {
 			flow->last_seen_ns = bpf_ktime_get_ns();
 			flow->flags |= FLOW_ENDED;
+			if (flow->flags & FLOW_TOLD)
+				tell_of(flow, packet, flow->attained_bytes, 0, 1, counters);
 		}
 		return;
 	}
@@ -194,7 +199,7 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 	}
 	*entry = flow;
 	now_ns = sender.sent_ns ? sender.sent_ns : bpf_ktime_get_coarse_ns();
-	see_flow(packet, flow, now_ns);
+	see_flow(packet, flow, now_ns, counters);
 	__sync_fetch_and_add(&flow->packets, segments);
 	if (packet->tcp_flags & TCP_SYN)
 		flow->next_sequence = behind(packet);
@@ -230,8 +235,10 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 	level = last_level(settings);
 	if (flow->flags & FLOW_SAW_MESSAGE)
 		level = level_of(settings, rank_of(attained_bytes, packet, &sender, hint, settings));
-	if (flow->level != level)
+	if (flow->level != level) {
 		flow->level = level;
+		tell_if_long(flow, packet, &sender, attained_bytes, level, settings, counters);
+	}
 	if (flow->flags & FLOW_TURN) {
 		if (attained_bytes < flow->turn_ends_bytes)
 			goto at_the_top;

@@ -105,7 +105,8 @@ static __always_inline void begin_message(struct flow_state *flow, __u64 now_ns,
 	flow->earlier_bytes += flow->attained_bytes;
 	flow->attained_bytes = 0;
 	flow->message_began_ns = now_ns;
-	flow->flags = (flow->flags | FLOW_SAW_MESSAGE) & ~FLOW_TURN;
+	flow->level = 0; /* so that the level it comes to is a new one, also if it is long from the start */
+	flow->flags = (flow->flags | FLOW_SAW_MESSAGE) & ~(FLOW_TURN | FLOW_TOLD);
 }
 
 /* A turn is given after `starved_ns` to twice that, drawn per flow: flows that starved together come back one by

@@ -164,6 +164,17 @@ class GuardSection(Section, frozen=True, kw_only=True):
     max_step: float = 16.0  # factor by which one proposal may move a threshold
 
 
+class LongFlowsSection(Section, frozen=True, kw_only=True):
+    """`[long_flows]`: whether central chooses level and route of single long flows, and how."""
+
+    # least-loaded: the route with the fewest long flows, priority by what is seen to remain; learned: the network's
+    scheme: Literal["off", "least-loaded", "learned"] = "off"
+    ttl_s: float = 10.0  # how long a verdict holds by itself; it is renewed while the flow goes on
+    rack_prefix: int = 24  # hosts whose IPv4 addresses agree in so many bits share a leaf; 32: each has its own
+    rack_prefix6: int = 64  # the same for IPv6
+    weights: str = ""  # of the learned scheme, a file of `fabricpilot train lrla`; empty: those that are shipped
+
+
 class CentralSection(Section, frozen=True, kw_only=True):
     """`[central]`: the daemon on the controller."""
 
@@ -224,6 +235,7 @@ class CentralConfig(Section, frozen=True, kw_only=True):
     link: LinkSection = LinkSection(key="/etc/fabricpilot/central.key_secret")
     policy: PolicySection = PolicySection()
     guard: GuardSection = GuardSection()
+    long_flows: LongFlowsSection = LongFlowsSection()
 
     def __post_init__(self) -> None:
         _check_range("policy.interval_s", self.policy.interval_s, 0.1, 86_400)
@@ -235,6 +247,9 @@ class CentralConfig(Section, frozen=True, kw_only=True):
             Thresholds.of(self.policy.thresholds)
         if self.policy.shared_rate:
             parse_rate(self.policy.shared_rate)
+        _check_range("long_flows.ttl_s", self.long_flows.ttl_s, 1, 3600)
+        _check_range("long_flows.rack_prefix", self.long_flows.rack_prefix, 0, 32)
+        _check_range("long_flows.rack_prefix6", self.long_flows.rack_prefix6, 0, 128)
         _check_range("central.host_timeout_s", self.central.host_timeout_s, 0.5, 86_400)
         _check_range("guard.canary_share", self.guard.canary_share, 0, 0.5)
         _check_range("guard.canary_rounds", self.guard.canary_rounds, 2, 10_000)

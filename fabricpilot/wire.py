@@ -55,6 +55,7 @@ class FlowSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     duration_us: Count  # first to last packet: the sender's view of FCT for a finished flow
     level: Count
     route: Count = 0  # the one it takes; 0: the kernel's choice
+    backlog_bytes: Count = 0  # of one that has just become long: written then and not yet sent; 0: not known
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
@@ -91,6 +92,17 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
     usable_routes: RouteNumbers = []  # routes that lead somewhere now
 
 
+class LongFlows(Message, frozen=True, kw_only=True, tag="long_flows"):
+    """Host to central, as soon as flows have become long, whose level and route it may choose.
+
+    Only a host that was told `follows_long_flows` sends it. At a report, those follow for which the report had no room.
+    """
+
+    host: Name
+    flows: Annotated[list[FlowSummary], msgspec.Meta(max_length=MAX_LONG_FLOWS)]
+    ended: Annotated[list[FlowSummary], msgspec.Meta(max_length=MAX_LONG_FLOWS)] = []  # were long, and are over
+
+
 class Policy(Message, frozen=True, kw_only=True, tag="policy"):
     """Central to host: thresholds to use from now on. Idempotent; an epoch not above the last is ignored."""
 
@@ -98,6 +110,7 @@ class Policy(Message, frozen=True, kw_only=True, tag="policy"):
     thresholds: ThresholdBytes  # ascending; anything else is malformed
     expiry_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # counted from the last word of central
     reason: Text = ""
+    follows_long_flows: bool = False  # tell central at once when a flow becomes long
 
     def __post_init__(self) -> None:
         try:
@@ -184,9 +197,10 @@ class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     """Central to host, every few seconds: central is alive, and this is the newest epoch for this host."""
 
     epoch: Count  # 0: central has not decided anything for its group yet
+    follows_long_flows: bool = False  # as in `Policy`
 
 
-FromHost = Hello | Report | PlanPart | Migrations
+FromHost = Hello | Report | LongFlows | PlanPart | Migrations
 FromCentral = Policy | Verdicts | Refused | Identify | Ack | PlanAnswer
 
 _MessageT = TypeVar("_MessageT")

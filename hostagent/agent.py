@@ -5,7 +5,8 @@ One thread and one poller; nothing here is on a packet's way. Every interval:
     flows -> observe -> report -> link          (the report is also the heartbeat)
     flows that ended a while ago -> datapath.forget
 
-and whenever the link has something: policy -> thresholds -> datapath.apply; whenever a network interface comes, goes or
+whenever a flow becomes long, and central follows that: kernel's ring -> link; and back as a verdict -> kernel's map
+whenever the link has something: policy -> thresholds -> datapath.apply; whenever a network interface comes, goes or
 changes: roster -> data path and queues. The systemd watchdog is fed after a successful read of the kernel's maps, so
 that a hanging agent is restarted; the data path goes on without it.
 """
@@ -14,6 +15,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +27,12 @@ from fabricpilot.config import AgentConfig
 from fabricpilot.control import ControlServer
 from fabricpilot.levels import Thresholds
 from fabricpilot.stopping import StopSignal, stop_signal
-from fabricpilot.wire import FromCentral, Hello, Policy, Refused, Report, Verdicts
+from fabricpilot.wire import FlowSummary, FromCentral, Hello, LongFlows, Policy, Refused, Report, Verdicts
 from hostagent.datapath.base import Settings
 from hostagent.lifecycle import Scheduled
 from hostagent.link import HostLink
-from hostagent.observe import Observation, observe
+from hostagent.long_flows import open_long_flow_events
+from hostagent.observe import Observation, further_long_flows, observe, summaries
 from hostagent.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class Agent:
         self.settings: Settings = scheduled.settings
         self.flow_control = scheduled.flow_control
         self.roster = scheduled.roster
+        self.long_flows = open_long_flow_events(scheduled.datapath) if scheduled.flow_control is not None else None
         self.name = host_name(config)
         self.control = control
         self.link = link
@@ -71,6 +75,7 @@ class Agent:
         self._read_at_ns = 0
         self._active = 0
         self._long = 0
+        self._turn = 0  # which of more long flows than a report has room for are told of next
         self._started_at = time.time()
         self._rng = np.random.default_rng()
 
@@ -82,6 +87,8 @@ class Agent:
                 self._loop(stop)
             finally:
                 notify.stopping()
+                if self.long_flows is not None:
+                    self.long_flows.close()
                 if self.flow_control is not None:
                     self.flow_control.close()
                 if self.roster is not None:
@@ -103,6 +110,8 @@ class Agent:
         due = time.monotonic() + interval_s
         while not stop.asked:
             wait_ms = max(0, int((due - time.monotonic()) * 1000))
+            if self.long_flows is not None and self.link is not None:
+                self.long_flows.watch(poller, self.link.follows_long_flows)
             if self.roster is not None and self.roster.busy:
                 wait_ms = min(wait_ms, _PAUSE_MS)
             ready = dict(poller.poll(wait_ms))
@@ -110,6 +119,8 @@ class Agent:
                 self._follow_interfaces(self.roster, self.roster.watch.fileno() in ready)
             if self.flow_control is not None and events is not None and events.fileno() in ready:
                 self.flow_control.on_event()
+            if self.long_flows is not None and self.long_flows.fileno in ready:
+                self._tell_long_flows(*self.long_flows.take(self.settings.thresholds.levels))
             if self.link is not None:
                 for message in self.link.receive():
                     self.handle(message)
@@ -156,6 +167,12 @@ class Agent:
         message = self._report_message(seen, counters)
         if self.link is not None:
             self.link.send(message)
+            if self.link.follows_long_flows:
+                for rows in further_long_flows(seen, self._turn):
+                    self._tell_long_flows(summaries(seen.table, rows))
+                self._turn += 1
+            if self.long_flows is not None:
+                self.long_flows.renew(self.link.follows_long_flows)
 
     def handle(self, message: FromCentral) -> None:
         """Act on one message from central."""
@@ -206,6 +223,7 @@ class Agent:
                 "refused": self.refused,
             },
             "flow_control": self.flow_control.status() if self.flow_control is not None else {},
+            "long_flows": self.long_flows.status() if self.long_flows is not None else {},
             "link": link,
         }
 
@@ -268,6 +286,12 @@ class Agent:
             self._refuse(f"the {self.datapath.name} data path takes no verdicts for single flows")
             return
         self.flow_control.take(message.verdicts)
+        if self.long_flows is not None:
+            self.long_flows.decided(message.verdicts)
+
+    def _tell_long_flows(self, flows: list[FlowSummary], ended: Sequence[FlowSummary] = ()) -> None:
+        if self.link is not None and (flows or ended):
+            self.link.send(LongFlows(host=self.name, flows=flows, ended=list(ended)))
 
     def _stale(self) -> bool:
         """Whether central has been silent for longer than its policy is meant to last. The policy is kept."""

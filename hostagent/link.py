@@ -34,6 +34,7 @@ from fabricpilot.wire import (
     Hello,
     Identify,
     Message,
+    Policy,
     Refused,
     decode_from_central,
     encode,
@@ -77,6 +78,7 @@ class HostLink:
         monitor: the same, for what happens to the connection. Without it in the poller a new connection is noticed, and
             Hello sent, at the next `send` or `receive`.
         connected: the handshake with central is done and the connection has not been lost since.
+        follows_long_flows: central wants to be told at once when a flow becomes long.
         trouble: why it is not connected, in words; empty when it is.
         counters: sent, dropped, received, malformed, refused, connects, losses; they only grow.
 
@@ -96,6 +98,7 @@ class HostLink:
         check_host_name(host_name)
         self.endpoint = section.endpoint
         self.connected = False
+        self.follows_long_flows = False
         self.trouble = "not connected yet"
         self.counters = dict.fromkeys(("sent", "dropped", "received", "malformed", "refused", "connects", "losses"), 0)
         self._hello = hello
@@ -137,6 +140,8 @@ class HostLink:
                 continue
             self.counters["received"] += 1
             self._heard_at = time.monotonic()
+            if isinstance(message, Ack | Policy):
+                self.follows_long_flows = message.follows_long_flows
             if isinstance(message, Identify):
                 self._send(self._hello())
             elif not isinstance(message, Ack):

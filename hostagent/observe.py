@@ -14,6 +14,7 @@ Nothing in the kernel is cleared on read, so a long flow never returns to the to
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 import numpy as np
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from fabricpilot.histogram import LogHistogram
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS, FlowSummary
-from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_MESSAGE, FLAG_SAW_START, FinishedMessages, FlowTable
+from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_MESSAGE, FLAG_SAW_START, FLAG_TOLD, FinishedMessages, FlowTable
 from hostagent.datapath.rules import excluded
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
@@ -32,6 +33,8 @@ _TCP_PATIENCE = 10  # idle timeouts for which a silent TCP connection that has s
 # How long an ended flow stays in the table: longer than TCP goes on trying at datacenter retransmission timeouts.
 LINGER_S = 5.0
 
+_MAX_FURTHER = 4 * MAX_LONG_FLOWS  # long flows told of at each report beyond those in it, if central follows them
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -41,7 +44,8 @@ class Observation:
         finished: indices (shape (n,)) of flows that ended since the read before this one, or leave for their silence.
         leaving: indices of flows to forget: silent, or ended long enough ago.
         followed: indices of flows whose message before the current one finished since the read before this one.
-        long: indices of the active flows beyond the last threshold, the largest first.
+        long: indices of the active flows beyond the last threshold, by what they have sent or by what is known to
+            be written; those that have sent most first.
         active: how many flows go on.
         messages: finished messages that were followed by another since the read before this one.
     """
@@ -83,7 +87,7 @@ class Observation:
 
     def long_flows(self) -> list[FlowSummary]:
         """The `MAX_LONG_FLOWS` largest long flows."""
-        return [summary(self.table, row) for row in self.long[:MAX_LONG_FLOWS]]
+        return summaries(self.table, self.long[:MAX_LONG_FLOWS])
 
     def finished_count(self) -> int:
         """How many messages of known size finished."""
@@ -126,7 +130,8 @@ def observe(
     reported = ~excluded(states)
     going = ~ended & (silent_s <= idle_timeout_s) & reported
     followed = (states["last_message_bytes"] > 0) & (states["message_began_ns"] > previous_read_ns) & reported
-    long = np.flatnonzero(going & (states["attained_bytes"] >= last_threshold_bytes))
+    sent_enough = states["attained_bytes"] >= last_threshold_bytes
+    long = np.flatnonzero(going & (sent_enough | (states["flags"] & FLAG_TOLD != 0)))
     largest_first = long[np.argsort(states["attained_bytes"][long])[::-1]]
     return Observation(
         table=table,
@@ -151,20 +156,34 @@ def _duration_ns(states: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
     return duration
 
 
+def further_long_flows(seen: Observation, turn: int) -> list[npt.NDArray[np.intp]]:
+    """Rows of long flows that a report has no room for, in parts of `MAX_LONG_FLOWS`; others each turn if too many."""
+    further = seen.long[MAX_LONG_FLOWS:]
+    if len(further) > _MAX_FURTHER:
+        further = np.roll(further, -turn * _MAX_FURTHER)[:_MAX_FURTHER]
+    return [further[begin : begin + MAX_LONG_FLOWS] for begin in range(0, len(further), MAX_LONG_FLOWS)]
+
+
 def summary(table: FlowTable, row: int | np.intp) -> FlowSummary:
     """A flow, its size and duration those of its current message, as on the wire and as `agent dump` shows it."""
-    key, state = table.keys[row], table.states[row]
-    return FlowSummary(
-        source=address(key["source"].tobytes()),
-        destination=address(key["destination"].tobytes()),
-        source_port=int(key["source_port"]),
-        destination_port=int(key["destination_port"]),
-        protocol=int(key["protocol"]),
-        size_bytes=int(state["attained_bytes"]),
-        duration_us=int(_duration_ns(table.states[row : row + 1])[0]) // _NS_PER_US,
-        level=int(state["level"]),
-        route=int(state["route"]),
+    return summaries(table, np.array([row], np.intp))[0]
+
+
+def summaries(table: FlowTable, rows: npt.NDArray[np.intp]) -> list[FlowSummary]:
+    """As `summary`, for many."""
+    keys, states = table.keys[rows], table.states[rows]
+    columns = (
+        map(address, map(bytes, keys["source"])),
+        map(address, map(bytes, keys["destination"])),
+        keys["source_port"].tolist(),
+        keys["destination_port"].tolist(),
+        keys["protocol"].tolist(),
+        states["attained_bytes"].tolist(),
+        (_duration_ns(states) // _NS_PER_US).tolist(),
+        states["level"].tolist(),
+        states["route"].tolist(),
     )
+    return [FlowSummary(*values) for values in zip(*columns, strict=True)]
 
 
 def summary_of_message_before(table: FlowTable, row: int | np.intp) -> FlowSummary:
@@ -177,6 +196,7 @@ def summary_of_message_before(table: FlowTable, row: int | np.intp) -> FlowSumma
     )
 
 
+@lru_cache(maxsize=4096)
 def address(raw: bytes) -> str:
     """A 16-byte address as text; IPv4-mapped ones in dotted form."""
     if raw[:12] == _V4_MAPPED:

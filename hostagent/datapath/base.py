@@ -59,6 +59,7 @@ FLAG_SAW_START = 2  # TCP: its SYN was seen, so its bytes are all it ever sent. 
 FLAG_SAW_MESSAGE = 4  # the current message's start was seen, so attained_bytes is all of it
 FLAG_UNSENT = 8  # the latest packet left unsent bytes behind in the send buffer
 FLAG_TURN = 16  # a starved flow has a turn at the top
+FLAG_TOLD = 32  # user space was told that the current message is long
 
 
 @dataclass(frozen=True)

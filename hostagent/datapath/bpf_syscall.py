@@ -30,6 +30,7 @@ _PROG_TEST_RUN: Final = 10
 _OBJ_GET_INFO_BY_FD: Final = 15
 _PROG_QUERY: Final = 16
 _MAP_LOOKUP_BATCH: Final = 24
+_MAP_UPDATE_BATCH: Final = 26
 _MAP_DELETE_BATCH: Final = 27
 _LINK_CREATE: Final = 28
 
@@ -362,6 +363,24 @@ def _grown(array: Array, used: int, capacity: int) -> Array:
     larger = np.empty(capacity, array.dtype)
     larger[:used] = array[:used]
     return larger
+
+
+def update_all(fd: int, keys: Array, values: Array) -> int:
+    """Set `values` for `keys`, shape (n,) each; returns for how many of them the map had no room."""
+    keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    done = refused = 0
+    while done < len(keys):
+        count = min(_MAX_BATCH, len(keys) - done)
+        batch = _Batch(keys=keys[done:].ctypes.data, values=values[done:].ctypes.data, count=count, map_fd=fd)
+        try:
+            _bpf(_MAP_UPDATE_BATCH, batch)
+        except OSError as error:
+            if error.errno not in (errno.E2BIG, errno.ENOMEM):
+                raise
+            refused += 1
+            done += 1  # the kernel stopped there: go on behind it
+        done += batch.count
+    return refused
 
 
 def delete_all(fd: int, keys: Array) -> int:

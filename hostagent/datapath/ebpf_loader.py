@@ -47,6 +47,9 @@ MAPS: Final = (
     "hints",
     "send_buffers",
 )
+# The ring of flows that became long: pinned like the maps, but never taken over from another version, as whatever is
+# in it is read within a moment.
+LONG_FLOW_RING: Final = "became_long"
 # Programs on cgroups, by pin: function, the number of the program's type and that of where it is attached.
 CGROUP_PROGRAMS: Final = {"hint": ("fabricpilot_hint", 25, 22), "send_buffer": ("fabricpilot_send_buffer", 13, 3)}
 
@@ -161,7 +164,8 @@ def _compile_and_load(
         for pin, (function, kind, attach_type) in CGROUP_PROGRAMS.items():
             on_cgroups[pin] = module.load_func(function.encode(), kind, attach_type=attach_type).fd
     if pin_dir is not None:
-        _pin(pin_dir, {PROGRAM_PIN: program.fd, **on_cgroups, **maps})
+        ring = bcc.lib.bpf_table_fd(module.module, LONG_FLOW_RING.encode())
+        _pin(pin_dir, {PROGRAM_PIN: program.fd, **on_cgroups, **maps, LONG_FLOW_RING: ring})
     return {
         "ok": True,
         "blind": blind,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fabricpilot.histogram import BINS
 from fabricpilot.levels import MAX_LEVELS, Thresholds
-from hostagent.datapath.base import MessageRule, Settings
+from hostagent.datapath.base import FLOW_KEY_DTYPE, MessageRule, Settings
 
 SETTINGS_DTYPE = np.dtype(
     [
@@ -34,6 +34,18 @@ SETTINGS_DTYPE = np.dtype(
 # `struct send_buffer` in ebpf/send_buffer.h.
 SEND_BUFFER_PORTS = 32
 SEND_BUFFER_DTYPE = np.dtype([("bytes", "<u4"), ("ports", "<u4"), ("port", "<u2", SEND_BUFFER_PORTS)])
+
+# `struct long_flow` in ebpf/long_flow.h, a record of the ring `became_long`.
+LONG_FLOW_DTYPE = np.dtype(
+    [
+        ("key", FLOW_KEY_DTYPE),
+        ("at_ns", "<u8"),  # CLOCK_MONOTONIC
+        ("message_began_ns", "<u8"),
+        ("attained_bytes", "<u8"),  # of the current message
+        ("backlog_bytes", "<u8"),  # written and not yet sent then; 0: not known
+        ("ended", "<u8"),  # 0: it has become long; 1: it was, and has ended
+    ]
+)
 
 # `struct finished_messages` in ebpf/message.h.
 FINISHED_DTYPE = np.dtype([("sizes", "<u8", BINS), ("durations", "<u8", BINS)])
@@ -68,6 +80,7 @@ SINGLE_COUNTERS = (
     "flowless",
     "insert_failed",
     "write_failed",
+    "long_untold",
 )
 
 COUNTERS_DTYPE = np.dtype(

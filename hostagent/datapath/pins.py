@@ -2,6 +2,7 @@
 
     PIN_DIR/egress                                the program
     PIN_DIR/flows, slots, active, counters ...    its maps (ebpf/)
+    PIN_DIR/became_long                           ring of flows that became long, this set's own
     PIN_DIR/interfaces                            interface index -> whether we gave it its clsact
     PIN_DIR/layouts                               map name -> fingerprint of what the map holds
     PIN_DIR/identity                              fingerprint, network namespace, counters of user space
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from fabricpilot.errors import KernelError, UsageError
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath.ebpf_loader import MAPS, PROGRAM_PIN
+from hostagent.datapath.ebpf_loader import LONG_FLOW_RING, MAPS, PROGRAM_PIN
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ _COMPANIONS: Final = {
     "active": ("slots",),
     **dict.fromkeys(_STEERING, _STEERING),
 }
+_OPENED: Final = (*MAPS, LONG_FLOW_RING, "layouts")  # those of another version may lack some
 _ZERO: Final = np.zeros(1, np.uint32)
 
 
@@ -86,7 +88,7 @@ class Pins:
             try:
                 needed = (opened("identity"), opened("interfaces"), opened(PROGRAM_PIN))
                 maps = {"identity": needed[0], "interfaces": needed[1]}
-                maps |= {name: opened(name) for name in (*MAPS, "layouts") if (directory / name).exists()}
+                maps |= {name: opened(name) for name in _OPENED if (directory / name).exists()}
                 pins = cls(directory, needed[2], maps, _read_layouts(maps.get("layouts")))
             except FileNotFoundError:
                 return None

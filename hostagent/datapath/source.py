@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
-from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
+from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, LONG_FLOW_DTYPE, SETTINGS_DTYPE
 
 EBPF_DIR = Path(__file__).resolve().parents[2] / "ebpf"
 STUB_KERNEL_DIR = EBPF_DIR / "stub"  # the little that bcc wants of a kernel source tree
@@ -51,7 +51,7 @@ def _inlined(name: str, directory: Path, seen: set[str]) -> list[str]:
 
 def fingerprint(flow_entries: int) -> bytes:
     """32 bytes that are equal exactly when program and maps are."""
-    dtypes = (FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, SETTINGS_DTYPE, COUNTERS_DTYPE, FINISHED_DTYPE)
+    dtypes = (FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, SETTINGS_DTYPE, COUNTERS_DTYPE, FINISHED_DTYPE, LONG_FLOW_DTYPE)
     layouts = [dtype.descr for dtype in dtypes]
     return hashlib.sha256(f"{layouts}\n{program_source(flow_entries)}".encode()).digest()
 

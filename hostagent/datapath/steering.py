@@ -5,7 +5,6 @@ whose generation differs looks again. The maps are pinned like all others, so ru
 is gone; routes do not, as somebody has to watch the links they lead over.
 """
 
-import errno
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -85,18 +84,14 @@ class Steering:
         """
         if not verdicts:
             return 0
-        refused = 0
         keys, words = flow_keys(verdicts), verdict_words(verdicts, time.monotonic_ns())
-        for row, verdict in enumerate(verdicts):
-            if verdict.ttl_s == 0:
-                bpf.delete(self._map("verdicts"), keys[row : row + 1])
-                continue
-            try:
-                bpf.update(self._map("verdicts"), keys[row : row + 1], words[row : row + 1])
-            except OSError as error:
-                if error.errno not in (errno.E2BIG, errno.ENOMEM):
-                    raise KernelError(f"cannot write a verdict: {error.strerror}") from error
-                refused += 1
+        last = np.array(sorted({key.tobytes(): row for row, key in enumerate(keys)}.values()))  # of each flow
+        ends = np.array([verdicts[row].ttl_s == 0 for row in last])
+        try:
+            bpf.delete_all(self._map("verdicts"), keys[last[ends]])
+            refused = bpf.update_all(self._map("verdicts"), keys[last[~ends]], words[last[~ends]])
+        except OSError as error:
+            raise KernelError(f"cannot write a verdict: {error.strerror}") from error
         self._turn_verdicts()
         return refused
 

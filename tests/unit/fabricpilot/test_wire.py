@@ -18,6 +18,7 @@ from fabricpilot.wire import (
     FlowSummary,
     Hello,
     Identify,
+    LongFlows,
     Policy,
     Refused,
     Report,
@@ -63,7 +64,8 @@ reports = st.builds(
 policies = st.builds(
     Policy, epoch=st.integers(1, 2**63 - 1), thresholds=thresholds, expiry_s=st.floats(0.001, 1e9), reason=texts
 )
-from_host = hellos | reports
+told = st.builds(LongFlows, host=names, flows=st.lists(flows, max_size=5), ended=st.lists(flows, max_size=5))
+from_host = hellos | reports | told
 from_central = policies | st.builds(Refused, reason=texts) | st.just(Identify()) | st.builds(Ack, epoch=counts)
 
 

@@ -47,6 +47,7 @@ class Sent:
     connected = True
     trouble = ""
     silent_s = 0.0
+    follows_long_flows = False
 
     def __init__(self):
         self.counters = {}

@@ -1,0 +1,106 @@
+"""The long flows under way, as columns: what every scheme decides on, in the simulator and in the daemon alike.
+
+Hosts, racks and routes are dense numbers from 0. A rack is a leaf switch with the hosts below it; a route is a way from
+rack to rack, so a flow loads the way up from its sender's rack and the way down to its receiver's. Flows inside one
+rack have no route.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+UNKNOWN_ROUTE = -1  # the kernel's or the switch's choice
+MAX_PRIORITIES = 4  # a scheme tells the last levels apart: priority p is level K-1-p, and 0 the lowest
+
+
+@dataclass(frozen=True, eq=False)
+class FlowSet:
+    """n long flows.
+
+    Attributes:
+        source: sender, shape (n,) as all others.
+        destination: receiver.
+        source_rack: leaf of the sender.
+        destination_rack: leaf of the receiver.
+        attained_bytes: sent so far.
+        known_bytes: seen to remain, as far as the send buffer shows; NaN: nothing is known.
+        age_s: since the message began.
+        route: the one it takes; `UNKNOWN_ROUTE` before its first decision.
+        priority: the one it has, 0 to `MAX_PRIORITIES` - 1.
+        migration: it moves a virtual machine.
+        usable: bool, shape (n, R): routes it may take.
+        priorities: how many it may have (at most its host's K).
+        hosts: how many hosts there are.
+        racks: how many racks.
+        rate_bps: of a host's link, what rates are measured by.
+    """
+
+    source: Ints
+    destination: Ints
+    source_rack: Ints
+    destination_rack: Ints
+    attained_bytes: Floats
+    known_bytes: Floats
+    age_s: Floats
+    route: Ints
+    priority: Ints
+    migration: Bools
+    usable: Bools
+    priorities: Ints
+    hosts: int
+    racks: int
+    rate_bps: float
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def routes(self) -> int:
+        """R."""
+        return int(self.usable.shape[1])
+
+    @property
+    def crosses(self) -> Bools:
+        """Flows between racks: only these have a route to choose."""
+        across: Bools = self.source_rack != self.destination_rack
+        return across
+
+
+class Choice(NamedTuple):
+    """A scheme's decisions, shape (m,) each."""
+
+    priority: Ints
+    route: Ints  # `UNKNOWN_ROUTE`: none, the kernel's choice
+
+
+class LongFlowScheme(Protocol):
+    """Chooses priority and route of long flows."""
+
+    @property
+    def name(self) -> str:
+        """As configuration and results call it."""
+
+    def decide(self, flows: FlowSet, asked: Ints) -> Choice:
+        """For the flows of these rows (shape (m,)), given all of them."""
+
+
+def route_loads(flows: FlowSet) -> tuple[Floats, Floats]:
+    """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R).
+
+    Flows whose route is unknown count in equal parts on all of theirs.
+    """
+    share = np.zeros(flows.usable.shape)
+    known = flows.crosses & (flows.route >= 0)
+    share[known, flows.route[known]] = 1.0
+    blind = flows.crosses & (flows.route < 0)
+    share[blind] = flows.usable[blind] / np.maximum(flows.usable[blind].sum(axis=1, keepdims=True), 1)
+    up, down = np.zeros((flows.racks, flows.routes)), np.zeros((flows.racks, flows.routes))
+    np.add.at(up, flows.source_rack, share)
+    np.add.at(down, flows.destination_rack, share)
+    return up, down
