@@ -123,6 +123,11 @@ def join(x: Sharing, slot: int) -> None:
         if first >= 0:
             x.previous[first] = entry
         x.head[link, level] = entry
+        if x.flows[link, level] == 0:
+            left = x.capacity[link]
+            for above in range(level):
+                left -= x.used[link, above]
+            x.given[link, level] = left if left > TOLERANCE * x.capacity[link] else 0.0
         x.flows[link, level] += 1
         _mark(x, link, level)
 
@@ -188,7 +193,7 @@ def _water_level(limit: Floats, n: int, given: float) -> tuple[float, float]:
 @inner
 def _settle_level(x: Sharing, level: int) -> None:
     """Recompute shares of the pending links of one level, and of those that feel it, until none changes."""
-    capacity, path, share, limit, used, given = x.capacity, x.path, x.share, x.limit, x.used, x.given
+    path, share, limit, used, given = x.path, x.share, x.limit, x.used, x.given
     head, following, queue, queued, pending = x.head, x.next, x.queue, x.queued, x.pending
     pending_links, is_touched, touched, urgency = x.pending_links, x.is_touched, x.touched, x.urgency
     pending_n, touched_n = x.counts[PENDING], x.counts[TOUCHED]
@@ -211,12 +216,7 @@ def _settle_level(x: Sharing, level: int) -> None:
         queue[at] = queue[waiting]
         queued[link] = 0
         x.counts[RECOMPUTED] += 1
-        there = capacity[link]
-        for above in range(level):
-            there -= used[link, above]
-        if there <= TOLERANCE * capacity[link]:
-            there = 0.0
-        given[link, level] = there
+        there = given[link, level]
         new, left = 0.0, there
         if there > 0.0:
             n = 0
@@ -304,10 +304,16 @@ def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
                 if left <= same:
                     left = 0.0
                 for below in range(level + 1, levels):
-                    if flows[link, below] > 0:
-                        if abs(left - given[link, below]) > same:
-                            pending[link] |= np.int64(1) << np.int64(below)
+                    deeper = np.int64(1) << np.int64(below)
+                    if flows[link, below] == 0 and pending[link] & deeper == 0:
+                        continue
+                    if abs(left - given[link, below]) <= same:
                         break
+                    given[link, below] = left
+                    if share[link, below] < np.inf or left <= used[link, below] or pending[link] & deeper:
+                        pending[link] |= deeper
+                        break
+                    left -= used[link, below]  # it was not full and is not now
             if pending[link] != 0:
                 pending_links[kept] = link
                 kept += 1
