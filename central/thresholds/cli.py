@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\b
 Examples:
   fabricpilot thresholds --cdf websearch_dctcp_bytes_trafficgenerator --load 0.8 --queues 8
+  fabricpilot thresholds --cdf websearch_dctcp_bytes_trafficgenerator --ranking backlog --send-buffer 2MB
   fabricpilot thresholds --cdf sizes.txt --load 0.6 --method all --objective slowdown --plot slowdown.png
 """
 
@@ -43,6 +44,16 @@ Examples:
     help="Mean completion time, mean slowdown, or root mean square of the sizes' slowdowns.",
 )
 @click.option(
+    "--ranking",
+    type=click.Choice(["attained", "backlog", "size"]),
+    default="attained",
+    show_default=True,
+    help="What levels go by. attained: bytes sent. backlog: those and the send buffer. size: known sizes.",
+)
+@click.option(
+    "--send-buffer", default="4MB", show_default=True, metavar="BYTES", help="backlog: what it shows at most."
+)
+@click.option(
     "--base-bytes",
     default=0.0,
     show_default=True,
@@ -64,6 +75,8 @@ def thresholds(
     queues: int,
     method: str,
     objective: str,
+    ranking: str,
+    send_buffer: str,
     base_bytes: float,
     link_rate: str | None,
     flows: int,
@@ -74,19 +87,22 @@ def thresholds(
 ) -> None:
     """Choose the byte thresholds between priority levels."""
     from central.thresholds.methods import Question, answer, side_by_side
+    from central.thresholds.optimum import visible_bytes
     from fabricpilot.config import parse_rate
+    from simulator.cli import parse_size
     from simulator.workloads.distribution import SizeDistribution
 
     sizes = SizeDistribution.load(cdf)
     rate_bps = None if link_rate is None else float(parse_rate(link_rate))
-    ask = Question(sizes, load, queues, objective, base_bytes, flows, evaluations, seed, rate_bps)
+    visible = visible_bytes(ranking, parse_size(send_buffer))
+    ask = Question(sizes, load, queues, objective, base_bytes, flows, evaluations, seed, rate_bps, visible)
     optima = side_by_side(ask) if method == "all" else [answer(method, ask)]
     if plot is not None:
         from central.thresholds.plot import draw
 
         draw(plot, sizes, optima)
     if as_json:
-        records = [_record(sizes, optimum) for optimum in optima]
+        records = [_record(sizes, ranking, optimum) for optimum in optima]
         print_json(records if method == "all" else records[0])
         return
     _print_table(sizes, optima)
@@ -94,13 +110,14 @@ def thresholds(
         click.echo(f"drawn in {plot}")
 
 
-def _record(sizes: "SizeDistribution", optimum: "Optimum") -> dict[str, object]:
+def _record(sizes: "SizeDistribution", ranking: str, optimum: "Optimum") -> dict[str, object]:
     return {
         "cdf": sizes.name,
         "load": optimum.load,
         "queues": optimum.thresholds.levels,
         "method": optimum.method,
         "objective": optimum.objective,
+        "ranking": ranking,
         "thresholds": list(optimum.thresholds.bytes),
         "mean": optimum.mean,
         "fair_sharing": optimum.processor_sharing,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from central.thresholds.grid import best_path
 from central.thresholds.integrals import SizeIntegrals, Weight
-from central.thresholds.mlps import Criterion, first_level_cost, level_costs, response_in_levels
+from central.thresholds.mlps import Criterion, Link, first_level_cost, level_costs, response_in_levels
 from central.thresholds.optimum import Optimum, ascending, check_load, check_objective
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds, check_levels
@@ -29,12 +29,19 @@ _GRID_CELLS = 20  # cells per level while searching: costs within about 0.1 %, a
 _ZOOM = 7  # candidates around each threshold
 _ZOOM_ROUNDS = 3  # each three times finer
 _ZOOM_CELLS = 32
+_ROUNDING = 1e-9  # bounds nearer to each other are one
 _LEAST_RATIO = 1.25  # between thresholds: closer ones are worth nothing and make a level nobody is in
 _FINAL_CELLS = 48  # and twice as many, extrapolated: about 1e-6
 
 
 def optimise(
-    sizes: SizeDistribution, load: float, levels: int, objective: str = "fct", *, base_bytes: float = 0.0
+    sizes: SizeDistribution,
+    load: float,
+    levels: int,
+    objective: str = "fct",
+    *,
+    base_bytes: float = 0.0,
+    visible_bytes: float = 0.0,
 ) -> Optimum:
     """The best thresholds for K levels.
 
@@ -45,15 +52,17 @@ def optimise(
         objective: "fct", "slowdown" or "tail", see `OBJECTIVES`.
         base_bytes: what the link could send in the time a flow takes besides its transmission (base round trip);
             part of both times of a slowdown. With 0 it is the model's own, T(x)/x.
+        visible_bytes: what a level sees of a flow beyond the bytes it has sent: 0 where it ranks by bytes sent, the
+            send buffer where it counts bytes written, infinite where it ranks by size.
 
     Raises:
-        UsageError: load, levels, objective or base out of range.
+        UsageError: load, levels, objective, base or visible bytes out of range.
     """
     check_levels(levels)
-    problem = _Problem.of(sizes, load, objective, base_bytes)
+    problem = _Problem.of(sizes, load, objective, base_bytes, visible_bytes)
     start = time.perf_counter()
     chosen = problem.zoom(problem.best_on_grid(levels))
-    thresholds = _fill(chosen * problem.sizes.unit_bytes, levels, sizes.max_bytes)
+    thresholds = _fill(chosen * problem.sizes.unit_bytes + problem.step_bytes, levels, sizes.max_bytes)
     return Optimum(
         thresholds,
         problem.value(thresholds),
@@ -62,6 +71,7 @@ def optimise(
         "exact",
         load,
         time.perf_counter() - start,
+        visible_bytes=visible_bytes,
     )
 
 
@@ -72,28 +82,35 @@ def evaluate(
     objective: str = "fct",
     *,
     base_bytes: float = 0.0,
+    visible_bytes: float = 0.0,
 ) -> float:
     """Value of the objective under `thresholds` (None: one level, processor sharing); arguments as in `optimise`."""
-    return _Problem.of(sizes, load, objective, base_bytes).value(thresholds)
+    return _Problem.of(sizes, load, objective, base_bytes, visible_bytes).value(thresholds)
 
 
-def response_times(sizes: SizeDistribution, load: float, thresholds: Thresholds, at_bytes: npt.ArrayLike) -> Floats:
+def response_times(
+    sizes: SizeDistribution,
+    load: float,
+    thresholds: Thresholds,
+    at_bytes: npt.ArrayLike,
+    visible_bytes: float = 0.0,
+) -> Floats:
     """T(x): mean response time of a flow of each size, in bytes the link sends meanwhile; shape of `at_bytes`.
 
     Raises:
         UsageError: load out of range, or a size that is not above 0 or beyond the largest.
     """
-    check_load(load)
-    integrals = SizeIntegrals(sizes)
+    problem = _Problem.of(sizes, load, "fct", 0.0, visible_bytes)
+    integrals, link = problem.sizes, problem.link
     x = np.asarray(at_bytes, np.float64) / integrals.unit_bytes
     if x.size and (x.min() <= 0 or x.max() > integrals.largest * (1 + 1e-12)):
         raise UsageError(f"sizes asked for must lie above 0 and up to the largest, {sizes.max_bytes:g} bytes")
-    bounds = _bounds(thresholds, integrals)
+    bounds = problem.bounds(thresholds)
     first_end = np.append(bounds, integrals.largest)[:1]
-    result = x / (1 - load * (1 - integrals.tail(first_end)))
+    result = x / link.idle(first_end)
     upper = np.append(bounds[1:], integrals.largest)
     if len(bounds):
-        curve = response_in_levels(integrals, load, bounds, upper, 2 * _FINAL_CELLS)
+        curve = response_in_levels(link, bounds, upper, 2 * _FINAL_CELLS)
         for level in range(len(bounds)):
             inside = np.interp(x, curve.edges[level], curve.at[level])
             result = np.where((x > bounds[level]) & (x <= upper[level]), inside, result)
@@ -104,24 +121,46 @@ def response_times(sizes: SizeDistribution, load: float, thresholds: Thresholds,
 class _Problem:
     """One distribution, load and criterion; all sizes inside in units of the mean."""
 
-    sizes: SizeIntegrals
-    load: float
+    link: Link
     criterion: Criterion
     objective: str
 
     @classmethod
-    def of(cls, sizes: SizeDistribution, load: float, objective: str, base_bytes: float) -> "_Problem":
+    def of(
+        cls, sizes: SizeDistribution, load: float, objective: str, base_bytes: float, visible_bytes: float
+    ) -> "_Problem":
         check_load(load)
         check_objective(objective)
         if not (np.isfinite(base_bytes) and base_bytes >= 0):
             raise UsageError(f"base_bytes = {base_bytes}; give a number of bytes, 0 or more")
+        if not visible_bytes >= 0:
+            raise UsageError(f"visible_bytes = {visible_bytes}; give a number of bytes, 0 or more, or infinity")
         integrals = SizeIntegrals(sizes)
         order, power = {"fct": (0, 1), "slowdown": (1, 1), "tail": (2, 2)}[objective]
-        return cls(integrals, load, Criterion(Weight(order, base_bytes / integrals.unit_bytes), power), objective)
+        criterion = Criterion(Weight(order, base_bytes / integrals.unit_bytes), power)
+        return cls(Link(integrals, load, visible_bytes / integrals.unit_bytes), criterion, objective)
+
+    @property
+    def sizes(self) -> SizeIntegrals:
+        return self.link.sizes
+
+    @property
+    def step_bytes(self) -> float:
+        """A threshold above the largest size of the level before it: a flow that shows as much as it is beyond it.
+
+        By bytes sent alone a flow shows its whole size only when it ends.
+        """
+        return 1.0 if self.link.visible > 0 else 0.0
+
+    def bounds(self, thresholds: Thresholds | None) -> Floats:
+        """The levels' bounds that some flow is beyond, in units of the mean size."""
+        given = np.array(thresholds.bytes if thresholds else (), np.float64) - self.step_bytes
+        given = given[given > 0] / self.sizes.unit_bytes
+        return given[given < self.sizes.largest]
 
     def value(self, thresholds: Thresholds | None) -> float:
         """The objective in its public unit."""
-        bounds = _bounds(thresholds, self.sizes)
+        bounds = self.bounds(thresholds)
         # The cells' error falls with their square: two resolutions cancel its first term.
         coarse, fine = self._total(bounds, _FINAL_CELLS), self._total(bounds, 2 * _FINAL_CELLS)
         total = (4 * fine - coarse) / 3
@@ -134,10 +173,8 @@ class _Problem:
         apart = (grid[upper] >= grid[lower] * _LEAST_RATIO) | (upper == _GRID - 1)
         lower, upper = lower[apart], upper[apart]
         between = np.full((_GRID, _GRID), np.inf)
-        between[lower, upper] = level_costs(
-            self.sizes, self.load, grid[lower], grid[upper], self.criterion, _GRID_CELLS
-        )
-        best = first_level_cost(self.sizes, self.load, grid, self.criterion)  # of levels up to each grid size
+        between[lower, upper] = level_costs(self.link, grid[lower], grid[upper], self.criterion, _GRID_CELLS)
+        best = first_level_cost(self.link, grid, self.criterion)  # of levels up to each grid size
         return grid[best_path(best, between, levels)]
 
     def zoom(self, bounds: Floats) -> Floats:
@@ -155,13 +192,13 @@ class _Problem:
         lower = np.repeat(candidates[:, :, None], n, axis=2)
         upper = np.repeat(np.append(candidates[1:], np.full((1, n), self.sizes.largest), axis=0)[:, None, :], n, axis=1)
         valid = upper >= lower * _LEAST_RATIO * (1 - 1e-12)
-        valid[-1] = upper[-1] > lower[-1]
+        valid[-1] = lower[-1] < upper[-1] * (1 - _ROUNDING)
         empty = ~valid[-1, :, 0]  # a last threshold at the largest size
         valid[-1, :, 1:] = False  # the last level has one upper bound
         cost = np.full((count, n, n), np.inf)
-        cost[valid] = level_costs(self.sizes, self.load, lower[valid], upper[valid], self.criterion, _ZOOM_CELLS)
+        cost[valid] = level_costs(self.link, lower[valid], upper[valid], self.criterion, _ZOOM_CELLS)
         cost[-1, empty, 0] = 0.0
-        best = first_level_cost(self.sizes, self.load, candidates[0], self.criterion)
+        best = first_level_cost(self.link, candidates[0], self.criterion)
         came_from = []
         for level in range(count):
             through = best[:, None] + cost[level]
@@ -176,17 +213,11 @@ class _Problem:
     def _total(self, bounds: Floats, cells: int) -> float:
         """The criterion for these bounds, all below the largest size."""
         first = bounds[:1] if len(bounds) else np.array([self.sizes.largest])
-        total = first_level_cost(self.sizes, self.load, first, self.criterion)[0]
+        total = first_level_cost(self.link, first, self.criterion)[0]
         if len(bounds):
             upper = np.append(bounds[1:], self.sizes.largest)
-            total += level_costs(self.sizes, self.load, bounds, upper, self.criterion, cells).sum()
+            total += level_costs(self.link, bounds, upper, self.criterion, cells).sum()
         return float(total)
-
-
-def _bounds(thresholds: Thresholds | None, sizes: SizeIntegrals) -> Floats:
-    """The thresholds that some flow reaches, in units of the mean size."""
-    given = np.array(thresholds.bytes if thresholds else (), np.float64) / sizes.unit_bytes
-    return given[given < sizes.largest]
 
 
 def _fill(chosen_bytes: Floats, levels: int, largest_bytes: float) -> Thresholds:

@@ -23,7 +23,8 @@ METHODS = {
 class Question:
     """What thresholds are asked for: arguments as in `exact.optimise`, and for the search its simulations.
 
-    `link_rate_bps` None searches the fluid alone, a rate the simulator with its physics.
+    `visible_bytes` is how levels rank (`optimum.visible_bytes`). `link_rate_bps` None searches the fluid alone, a rate
+    the simulator with its physics.
     """
 
     sizes: SizeDistribution
@@ -35,6 +36,7 @@ class Question:
     evaluations: int = 300
     seed: int = 1
     link_rate_bps: float | None = None
+    visible_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         check_load(self.load)
@@ -55,12 +57,27 @@ def answer(method: str, ask: Question) -> Optimum:
 
         link = simulated.FLUID if ask.link_rate_bps is None else simulated.Link.real(ask.link_rate_bps)
         return simulated.optimise(
-            ask.sizes, ask.load, ask.levels, ask.objective, ask.flows, ask.evaluations, ask.seed, link
+            ask.sizes,
+            ask.load,
+            ask.levels,
+            ask.objective,
+            ask.flows,
+            ask.evaluations,
+            ask.seed,
+            link,
+            ask.visible_bytes,
         )
     if method == "published":
         return _published(ask)
     optimise = {"exact": exact.optimise, "mm1": mm1.optimise, "equal-split": equal_split.optimise}[method]
-    return optimise(ask.sizes, ask.load, ask.levels, ask.objective, base_bytes=ask.base_bytes)
+    return optimise(
+        ask.sizes,
+        ask.load,
+        ask.levels,
+        ask.objective,
+        base_bytes=ask.base_bytes,
+        visible_bytes=ask.visible_bytes,
+    )
 
 
 def side_by_side(ask: Question) -> list[Optimum]:
@@ -77,9 +94,18 @@ def _published(ask: Question) -> Optimum:
     found = published(ask.sizes.name, ask.levels, ask.load)
     seconds = time.perf_counter() - start
     value, sharing = (
-        exact.evaluate(ask.sizes, ask.load, thresholds, ask.objective, base_bytes=ask.base_bytes)
+        exact.evaluate(
+            ask.sizes,
+            ask.load,
+            thresholds,
+            ask.objective,
+            base_bytes=ask.base_bytes,
+            visible_bytes=ask.visible_bytes,
+        )
         for thresholds in (found.thresholds, None)
     )
     meant = "no stated load" if found.load is None else f"load {found.load:g}"
     note = f"{found.source}: {found.workload}, {meant}"
-    return Optimum(found.thresholds, value, sharing, ask.objective, "published", ask.load, seconds, note)
+    return Optimum(
+        found.thresholds, value, sharing, ask.objective, "published", ask.load, seconds, note, ask.visible_bytes
+    )

@@ -35,7 +35,14 @@ _GENERATIONS = 200  # of differential evolution; it has settled long before
 
 
 def optimise(
-    sizes: SizeDistribution, load: float, levels: int, objective: str = "fct", *, base_bytes: float = 0.0, seed: int = 0
+    sizes: SizeDistribution,
+    load: float,
+    levels: int,
+    objective: str = "fct",
+    *,
+    base_bytes: float = 0.0,
+    visible_bytes: float = 0.0,
+    seed: int = 0,
 ) -> Optimum:
     """Thresholds by the published formulation; the objective is only what they are then judged by.
 
@@ -45,6 +52,7 @@ def optimise(
         levels: K, 2 to 8.
         objective: unit of the result's values (by the exact model); the formulation itself knows one objective.
         base_bytes: as in `exact.optimise`.
+        visible_bytes: as there; the formulation knows bytes sent only.
         seed: of the search, where the printed bound is feasible.
 
     Returns:
@@ -71,9 +79,9 @@ def optimise(
         )
     thresholds = _whole(bounds * integrals.unit_bytes, levels, sizes.max_bytes)
     seconds = time.perf_counter() - start
-    value = evaluate(sizes, load, thresholds, objective, base_bytes=base_bytes)
+    value = evaluate(sizes, load, thresholds, objective, base_bytes=base_bytes, visible_bytes=visible_bytes)
     sharing = evaluate(sizes, load, None, objective, base_bytes=base_bytes)
-    return Optimum(thresholds, value, sharing, objective, "mm1", load, seconds, note)
+    return Optimum(thresholds, value, sharing, objective, "mm1", load, seconds, note, visible_bytes)
 
 
 def least_bound_load(sizes: SizeIntegrals, load: float, levels: int, grid: Floats) -> tuple[float, Floats]:

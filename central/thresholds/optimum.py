@@ -12,6 +12,12 @@ OBJECTIVES = {
     "tail": "root mean square over all flows of the mean slowdown of their size, which the most delayed sizes dominate",
 }
 
+RANKINGS = {
+    "attained": "by bytes sent",
+    "backlog": "by bytes sent and those that wait in the send buffer",
+    "size": "by the size, known in advance",
+}
+
 MAX_LOAD = (
     0.99  # what `usable_load` lets through: beyond it response times say more about the estimate than the traffic
 )
@@ -30,6 +36,7 @@ class Optimum:
         load: the load the thresholds are for.
         seconds: time the optimiser took.
         note: what a reader must know of this result; empty if nothing.
+        visible_bytes: what a level sees of a flow beyond the bytes it has sent, as in `visible_bytes`.
     """
 
     thresholds: Thresholds
@@ -40,6 +47,7 @@ class Optimum:
     load: float
     seconds: float
     note: str = ""
+    visible_bytes: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -57,6 +65,19 @@ def check_objective(objective: str) -> None:
     """Raise `UsageError` unless `objective` is a key of `OBJECTIVES`."""
     if objective not in OBJECTIVES:
         raise UsageError(f"objective '{objective}' is unknown; choose one of {', '.join(OBJECTIVES)}")
+
+
+def visible_bytes(ranking: str, send_buffer_bytes: float) -> float:
+    """What a level sees of a flow beyond the bytes it has sent: the parameter in which the rankings differ.
+
+    Raises:
+        UsageError: the ranking is not a key of `RANKINGS`, or the send buffer is not above 0.
+    """
+    if ranking not in RANKINGS:
+        raise UsageError(f"ranking '{ranking}' is unknown; choose one of {', '.join(RANKINGS)}")
+    if not (math.isfinite(send_buffer_bytes) and send_buffer_bytes > 0):
+        raise UsageError(f"send buffer of {send_buffer_bytes:g} bytes; it must be above 0")
+    return {"attained": 0.0, "backlog": send_buffer_bytes, "size": math.inf}[ranking]
 
 
 def usable_load(measured: float) -> float:

@@ -34,6 +34,14 @@ def test_all_methods_side_by_side() -> None:
     assert next(record for record in records if record["method"] == "mm1")["note"].startswith("infeasible")
 
 
+def test_rankings_that_see_more_gain_more() -> None:
+    options = ["--cdf", WEB_SEARCH, "--json"]
+    rankings = (["attained"], ["backlog", "--send-buffer", "2MB"], ["size"])
+    records = [json.loads(run(*options, "--ranking", *ranking)) for ranking in rankings]
+    assert [record["ranking"] for record in records] == ["attained", "backlog", "size"]
+    assert records[0]["gain"] < records[1]["gain"] < records[2]["gain"]
+
+
 def test_all_leaves_out_what_was_never_published() -> None:
     records = json.loads(run("--cdf", "homa_w1_bytes_cdf", "--queues", "4", "--method", "all", "--json"))
     assert [record["method"] for record in records] == ["exact", "mm1", "equal-split"]
@@ -54,6 +62,7 @@ def test_table_and_plot_of_a_file(tmp_path: Path) -> None:
     [
         (["--cdf", "nowhere"], "nowhere"),
         (["--cdf", WEB_SEARCH, "--load", "1"], "load"),
+        (["--cdf", WEB_SEARCH, "--ranking", "backlog", "--send-buffer", "0"], "size .0. is not"),
         (["--cdf", WEB_SEARCH, "--queues", "9"], "2 to 8"),
         (["--cdf", WEB_SEARCH, "--queues", "3", "--method", "published"], "websearch with 4"),
         (["--cdf", WEB_SEARCH, "--plot", "picture.unknown"], "picture.unknown"),

@@ -30,8 +30,10 @@ def two_sizes() -> SizeDistribution:
     return SizeDistribution("two sizes", np.array([1e4, 1e4, 1e6, 1e6]), np.array([0, 0.9, 0.9, 1.0]))
 
 
-def simulate(sizes: list[int], load: float, mean: float, bounds: tuple[int, ...], seed: int) -> list[float]:
-    """Response times (in bytes of service) of an M/G/1 queue under multilevel processor sharing, flow by flow.
+def simulate(
+    sizes: list[int], load: float, mean: float, bounds: tuple[int, ...], seed: int, visible: float = 0.0
+) -> list[float]:
+    """Response times (in bytes of service) of an M/G/1 queue whose levels go by bytes sent and visible, flow by flow.
 
     Virtual time per level: the service each of its flows has got since it was created; flows wait in a heap ordered by
     the virtual time at which they leave the level, by completion or demotion.
@@ -47,9 +49,13 @@ def simulate(sizes: list[int], load: float, mean: float, bounds: tuple[int, ...]
         arrived.append(now)
 
     def enter(flow: int, level: int) -> None:
-        service = min(sizes[flow], edges[level + 1]) - edges[level]
-        heapq.heappush(heaps[level], (virtual[level] + service, flow))
+        while sizes[flow] > edges[level + 1] and sent[flow] + visible >= edges[level + 1]:
+            level += 1
+        until = sizes[flow] if sizes[flow] <= edges[level + 1] else edges[level + 1] - visible
+        heapq.heappush(heaps[level], (virtual[level] + until - sent[flow], flow))
+        sent[flow] = until
 
+    sent = [0.0] * len(sizes)
     now, coming = 0.0, 0
     while coming < len(sizes) or any(heaps):
         level = next((i for i, heap in enumerate(heaps) if heap), None)
@@ -61,7 +67,7 @@ def simulate(sizes: list[int], load: float, mean: float, bounds: tuple[int, ...]
             if due <= next_arrival:
                 virtual[level], flow = heapq.heappop(heaps[level])
                 now = due
-                if sizes[flow] > edges[level + 1]:
+                if sizes[flow] > sent[flow]:
                     enter(flow, level + 1)
                 else:
                     response[flow] = now - arrived[flow]
@@ -95,6 +101,38 @@ def test_agrees_with_an_event_simulation(name: str, load: float, bounds: tuple[i
         inside = [i for i, size in enumerate(sizes) if low < size <= high]
         theory = response_times(drawn, drawn_load, Thresholds(bounds), np.array(sizes)[inside])
         assert np.mean([response[i] for i in inside]) == pytest.approx(theory.mean(), rel=0.08)
+
+
+@pytest.mark.parametrize("visible_bytes", [300_000.0, 3_000_000.0, float("inf")])
+def test_what_the_send_buffer_shows_agrees_with_an_event_simulation(visible_bytes: float) -> None:
+    thresholds = Thresholds((100_000, 1_000_000, 5_000_000))
+    distribution = SizeDistribution.load(WEB_SEARCH)
+    sizes = distribution.sample(np.random.default_rng(1), 60_000).tolist()
+    bounds = tuple(threshold - 1 for threshold in thresholds.bytes)  # who shows a whole threshold is beyond it
+    response = np.array(simulate(sizes, 0.7, distribution.mean_bytes, bounds, 1, visible_bytes))
+    drawn = SizeDistribution("drawn", np.sort(np.array(sizes, float)), np.arange(1, len(sizes) + 1) / len(sizes))
+    load = 0.7 * drawn.mean_bytes / distribution.mean_bytes
+    assert response.mean() == pytest.approx(evaluate(drawn, load, thresholds, visible_bytes=visible_bytes), rel=0.05)
+    for low, high in itertools.pairwise([0, *bounds, drawn.max_bytes]):
+        inside = (low < np.array(sizes)) & (np.array(sizes) <= high)
+        theory = response_times(drawn, load, thresholds, np.array(sizes)[inside], visible_bytes)
+        assert response[inside].mean() == pytest.approx(theory.mean(), rel=0.08)
+
+
+def test_the_more_is_visible_the_more_can_be_gained() -> None:
+    sizes = SizeDistribution.load(WEB_SEARCH)
+    blind = optimise(sizes, 0.8, 4)
+    means = [blind.mean]
+    for visible_bytes in (2e6, float("inf")):
+        found = optimise(sizes, 0.8, 4, visible_bytes=visible_bytes)
+        means.append(found.mean)
+        assert found.mean < evaluate(sizes, 0.8, blind.thresholds, visible_bytes=visible_bytes)
+    assert means == sorted(means, reverse=True)
+    hardly, all_sizes = (
+        evaluate(sizes, 0.8, blind.thresholds, visible_bytes=visible_bytes) for visible_bytes in (1e-6, sizes.max_bytes)
+    )
+    assert hardly == pytest.approx(blind.mean, rel=1e-3)
+    assert all_sizes == pytest.approx(evaluate(sizes, 0.8, blind.thresholds, visible_bytes=float("inf")), rel=1e-9)
 
 
 def test_atoms_agree_with_an_event_simulation() -> None:

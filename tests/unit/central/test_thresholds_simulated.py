@@ -32,6 +32,18 @@ def test_prediction_agrees_with_the_simulator(name: str, objective: str) -> None
     assert measured(trace, best.thresholds, objective) == pytest.approx(best.mean, rel=0.04)
 
 
+@pytest.mark.parametrize("visible_bytes", [4e6, float("inf")])
+def test_thresholds_for_what_is_visible_are_better_where_it_is(visible_bytes: float) -> None:
+    sizes = SizeDistribution.load("facebook_hadoop_bytes_hpcc")
+    trace = trace_at(sizes, 0.7, 100_000, seed=5)
+    best = exact.optimise(sizes, 0.7, 8, visible_bytes=visible_bytes)
+    blind = exact.optimise(sizes, 0.7, 8).thresholds
+    mean = measured(trace, best.thresholds, "fct", visible_bytes=visible_bytes)
+    assert mean == pytest.approx(best.mean, rel=0.05)
+    assert mean < 0.95 * measured(trace, blind, "fct", visible_bytes=visible_bytes)
+    assert mean < measured(trace, equal_split(sizes, 8), "fct", visible_bytes=visible_bytes)
+
+
 def test_one_level_shares_fairly() -> None:
     sizes = SizeDistribution("one", np.array([1000.0]), np.array([1.0]))
     trace = trace_at(sizes, 0.5, 100_000, seed=3)
