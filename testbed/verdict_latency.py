@@ -91,7 +91,7 @@ def _start(star: "StarPlan", programs: "Programs", scheme: str) -> tuple[Path, P
             "key": str(keys / "central.key_secret"),
             "authorized_keys": str(keys / "hosts"),
         },
-        "policy": {"scheme": "fixed", "thresholds": _THRESHOLDS},
+        "policy": {"scheme": "mlfq", "thresholds": _THRESHOLDS},
         "long_flows": {"scheme": scheme},
     }
     agent: dict[str, dict[str, Any]] = {

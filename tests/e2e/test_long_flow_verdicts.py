@@ -57,7 +57,7 @@ listen = "tcp://127.0.0.1:5558"
 key = "{directory}/central.key_secret"
 authorized_keys = "{directory}/hosts"
 [policy]
-scheme = "fixed"
+scheme = "mlfq"
 thresholds = [1000, 2000, 3000]
 [long_flows]
 scheme = "least-loaded"
