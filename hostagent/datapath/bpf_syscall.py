@@ -33,6 +33,7 @@ _MAP_LOOKUP_BATCH: Final = 24
 _MAP_UPDATE_BATCH: Final = 26
 _MAP_DELETE_BATCH: Final = 27
 _LINK_CREATE: Final = 28
+_LINK_UPDATE: Final = 29
 
 # enum bpf_map_type
 MAP_TYPE_HASH: Final = 1
@@ -117,6 +118,15 @@ class _LinkCreate(ctypes.Structure):  # BPF_LINK_CREATE
     )
 
 
+class _LinkUpdate(ctypes.Structure):  # BPF_LINK_UPDATE
+    _fields_ = (
+        ("link_fd", ctypes.c_uint32),
+        ("new_prog_fd", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("old_prog_fd", ctypes.c_uint32),
+    )
+
+
 class _TestRun(ctypes.Structure):  # BPF_PROG_TEST_RUN
     _fields_ = (
         ("prog_fd", ctypes.c_uint32),
@@ -185,6 +195,11 @@ def obj_get(path: Path) -> int:
 def link_create(program: int, target: int, attach_type: int) -> int:
     """Attach a program to a target (a cgroup's directory); it stays until this descriptor and all pins are gone."""
     return _bpf(_LINK_CREATE, _LinkCreate(program, target, attach_type, 0))
+
+
+def link_update(link: int, program: int) -> None:
+    """Put a program in the place of the one that a link attaches, in one step."""
+    _bpf(_LINK_UPDATE, _LinkUpdate(link, program, 0, 0))
 
 
 def prog_id(fd: int) -> int:

@@ -8,11 +8,13 @@ Only cgroup v2 takes programs. A cgroup is named by its path below where cgroup 
 import errno
 import os
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 from fabricpilot.errors import KernelError, UsageError
 from hostagent.datapath import bpf_syscall as bpf
+from hostagent.datapath.ebpf_loader import CGROUP_PROGRAMS
 
 # enum bpf_attach_type
 SETSOCKOPT: Final = 22
@@ -63,6 +65,31 @@ def attach_to_cgroups(pin_dir: Path, program: str, attach_type: int, names: Coll
     for pin, directory in wanted.items():
         if not pin.exists():
             _attach(pin_dir / program, pin, directory, attach_type)
+
+
+def hand_over(old_dir: Path, new_dir: Path) -> None:
+    """Put the programs pinned in `new_dir` in the place of those that links pinned in `old_dir` attach.
+
+    Each in one step: no call of an application in between meets none or both. The links are pinned in both folders
+    afterwards. A link whose program is not in `new_dir` is left behind.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
+    for program in CGROUP_PROGRAMS:
+        for pin in old_dir.glob(f"{program}_[0-9]*"):
+            with ExitStack() as closing:
+                try:
+                    new = bpf.obj_get(new_dir / program)
+                    closing.callback(os.close, new)
+                    link = bpf.obj_get(pin)
+                    closing.callback(os.close, link)
+                    bpf.link_update(link, new)
+                    bpf.obj_pin(link, new_dir / pin.name)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise KernelError(f"cannot replace the program behind {pin}: {error.strerror}") from error
 
 
 def _attach(program: Path, pin: Path, directory: Path, attach_type: int) -> None:

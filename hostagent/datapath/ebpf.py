@@ -28,7 +28,7 @@ from hostagent.datapath import tc_filter, upgrade
 from hostagent.datapath.backlog_offsets import KERNEL_BTF
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
-from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups
+from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups, hand_over
 from hostagent.datapath.ebpf_loader import MAPS
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
@@ -362,6 +362,7 @@ class EbpfDatapath:
             undo.callback(loaded.abandon)
             if settings is not None:
                 self._put(loaded.pins, settings)
+            hand_over(self.pin_dir, loaded.pins.directory)
             upgrade.turn_over(self._netlink(), self._owner, list(self._filters()), before, loaded.pins)
             claim = self._locked(loaded.pins.directory) if self._claim is not None else None
             undo.pop_all()

@@ -2,6 +2,7 @@
 
     load_beside   program and maps into PIN_DIR-new; every map of the old set whose layout agrees is taken over, so that
                   flows, counters, settings and rules go on (pins.py says which maps belong together)
+    hand_over     the programs on cgroups (hints, send buffers) to the new ones, in one step each (cgroup_links.py)
     turn_over     each NIC's filter to the new program, in one step each: no packet in between meets none or both
     take_place    PIN_DIR-new becomes PIN_DIR
 

@@ -1,10 +1,13 @@
 """Another version of the program takes over while packets pass: what can be kept is kept, and none leaves untagged."""
 
+import json
 import os
+import select
 import shutil
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from fabricpilot.errors import KernelError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import ebpf, layout, source, upgrade
-from hostagent.datapath.base import Settings
+from hostagent.datapath.base import Settings, SocketRule
+from hostagent.datapath.cgroup_links import cgroup_mount
 from hostagent.datapath.ebpf import EbpfDatapath
 from hostagent.datapath.layout import SETTINGS_DTYPE
 
@@ -201,6 +205,67 @@ def test_new_settings_are_in_force_from_the_new_programs_first_packet_on(host, m
     second.apply(SETTINGS)
     assert seen == [(1, True)]
     second.close()
+
+
+HINT = """
+import socket, sys
+refused = told = 0
+print("ready", flush=True)
+sys.stdin.readline()
+with socket.socket() as connection:  # of the cgroup that the process is in when it is made
+    while not refused or told < 10:
+        try:
+            connection.setsockopt(0x4650, 1, bytes(8))
+            told += 1
+        except OSError:
+            refused += bool(told)
+        if told == 1:
+            print("heard", flush=True)
+            told += 1
+print(told, flush=True)
+"""
+
+
+def test_hints_are_heard_all_along(host, monkeypatch):
+    """An application hints without pause until it is refused: when the data path goes, and not before."""
+    directory = cgroup_mount() / f"fptest-{uuid.uuid4().hex[:8]}"
+    directory.mkdir()
+    child = start_agent(HINT)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        (directory / "cgroup.procs").write_text(str(child.pid))
+        host.first.serve_sockets(SocketRule(hint_cgroups=(directory.name,)))
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "heard\n"
+        host.change(monkeypatch, CODE)
+        second = EbpfDatapath(host.pin_dir, 4096)
+        host.first.close()
+        for _ in range(2):
+            second.apply(SETTINGS)
+            second.attach("nic0")
+            second.serve_sockets(SocketRule(hint_cgroups=(directory.name,)))
+        links = [path.name for path in host.pin_dir.iterdir() if path.name.startswith("hint_")]
+        assert links == [f"hint_{directory.stat().st_ino}"]
+        assert attached_to(directory) == [
+            json.loads(run("bpftool", "-j", "prog", "show", "pinned", str(host.pin_dir / "hint")))["id"]
+        ]
+        assert child.poll() is None
+        assert not select.select([child.stdout], [], [], 0)[0]
+        second.detach()
+        said, _ = child.communicate(timeout=20)
+        assert int(said) > 1000
+        assert attached_to(directory) == []
+        second.close()
+    finally:
+        child.kill()
+        child.wait()
+        directory.rmdir()
+
+
+def attached_to(cgroup: Path) -> list[int]:
+    """Ids of the programs on a cgroup."""
+    return [entry["id"] for entry in json.loads(run("bpftool", "-j", "cgroup", "show", str(cgroup)).strip() or "[]")]
 
 
 def test_a_nic_that_cannot_be_turned_over_leaves_all_with_the_old_program(host, monkeypatch):
