@@ -33,9 +33,14 @@ class Evidence:
         self._squares += step * (value - self.mean)
 
     @property
+    def deviation(self) -> float:
+        """Standard deviation of one observation; infinite below two."""
+        return math.sqrt(self._squares / (self.n - 1)) if self.n > 1 else math.inf
+
+    @property
     def error(self) -> float:
         """Standard error of the mean; infinite below two observations."""
-        return math.sqrt(self._squares / (self.n - 1) / self.n) if self.n > 1 else math.inf
+        return self.deviation / math.sqrt(self.n) if self.n else math.inf
 
     def radius(self, alpha: float) -> float:
         """Half the width of the interval that covers the mean at all times with probability 1 - alpha.

@@ -26,7 +26,8 @@ from fabricpilot.levels import Thresholds
 Phase = Literal["before", "canary", "slices"]
 
 MAX_BLIND = 10  # rounds or pairs in a row without comparable flows, after which a trial ends
-_DEVIATIONS = 2.0  # standard errors of the difference before, by which it may be wrong
+_DEVIATIONS = 2.0  # standard errors by which a mean may be wrong
+_CLEARLY = 3.0  # standard errors that harm must exceed to end a trial at once: rounds are many, and trials precious
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rules:
         canary_rounds: length of `before` and of `canary`.
         slice_rounds: length of a slice.
         max_pairs: most pairs of slices.
-        max_harm: a challenger under which flows take so many times as long is dropped without further proof.
+        max_harm: a challenger under which flows take so many times as long, clearly, is dropped without further proof.
     """
 
     alpha: float = 0.05
@@ -151,7 +152,8 @@ class Trial:
     def _after_canary_round(self) -> Verdict | None:
         mean, radius = self._harm()
         told = f"{_percent(mean)} on {len(self.canaries)} canary host(s) after {self.canary.n} rounds"
-        if self.canary.n >= 2 and mean > math.log(self._rules.max_harm):
+        noise = self.before.deviation * math.sqrt(1 / self.canary.n + 1 / self.before.n)
+        if self.canary.n >= 2 and mean > max(math.log(self._rules.max_harm), _CLEARLY * noise):
             return Verdict(False, f"flows took {told}: more than max_harm allows")
         if mean - radius > 0:
             return Verdict(False, f"flows took {told}: worse beyond chance")
@@ -186,7 +188,8 @@ class Trial:
         low, high = self.pairs.interval(self._rules.alpha)
         n, mean, most = self.pairs.n, self.pairs.mean, self._rules.max_pairs
         told = f"{_percent(mean)} in {n} pairs of slices"
-        if mean > math.log(self._rules.max_harm):
+        noise = self.pairs.error if n > 1 else 0.0  # after one pair nothing tells chance from harm: be careful
+        if mean > max(math.log(self._rules.max_harm), _DEVIATIONS * noise):
             return Verdict(False, f"flows took {told}: more than max_harm allows")
         if low > 0:
             return Verdict(False, f"flows took {told}: worse beyond chance")
