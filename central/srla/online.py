@@ -61,9 +61,9 @@ class Settings:
     actor_rate: float = 3e-5
     critic_rate: float = 1e-4
     anchor: float = 0.3
-    noise_start: float = 0.15
-    noise_end: float = 0.02
-    noise_bound: float = 0.3
+    noise_start: float = 0.05
+    noise_end: float = 0.01
+    noise_bound: float = 0.1
     anneal: int = 200
     cap: float = 10.0
     memory: float = 0.05

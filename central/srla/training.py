@@ -201,11 +201,15 @@ class SrlaTrainer:
 
     def export(self, path: Path, record: dict[str, Any]) -> None:
         """The weights that did best in a trial without noise."""
+        self.use_best()
+        told = {"settings": as_record(self.settings), "gain": self._best["gain"], "round": self._best["round"]}
+        weights.save(path, self.agent, self.settings.encoding, record | told)
+
+    def use_best(self) -> None:
+        """Give the agent the weights that did best in a trial without noise."""
         if self._best["actor"] is not None:
             self.agent.actor.load_state_dict(self._best["actor"])
             self.agent.critic.load_state_dict(self._best["critic"])
-        told = {"settings": as_record(self.settings), "gain": self._best["gain"], "round": self._best["round"]}
-        weights.save(path, self.agent, self.settings.encoding, record | told)
 
     def close(self) -> None:
         """End the workers."""

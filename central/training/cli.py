@@ -39,14 +39,31 @@ def training_options(command: _CommandT) -> _CommandT:
 
 
 @train.command()
+@click.option(
+    "--algorithm",
+    type=click.Choice(["ddpg", "td3"]),
+    default="ddpg",
+    show_default=True,
+    help="td3: stable-baselines3's, on the same environment, for comparison (extra `sb3`; one worker).",
+)
 @training_options
-def srla(config: Path | None, seed: int, workers: int, ray: str | None, resume: bool, out: Path) -> None:
+def srla(
+    algorithm: str, config: Path | None, seed: int, workers: int, ray: str | None, resume: bool, out: Path
+) -> None:
     """Thresholds: DDPG on what reports tell (docs/srla.md)."""
     from central.srla.training import Settings, SrlaTrainer
     from central.training.settings import read
 
     settings = read(Settings, config)
-    _run(lambda: SrlaTrainer(settings, seed, workers, ray), "srla", settings, seed, resume, out)
+
+    def make() -> "Trainer":
+        if algorithm == "ddpg":
+            return SrlaTrainer(settings, seed, workers, ray)
+        from central.srla.comparison import Td3Trainer
+
+        return Td3Trainer(settings, seed)
+
+    _run(make, f"srla-{algorithm}", settings, seed, resume, out)
 
 
 def _run(make: Callable[[], "Trainer"], agent: str, settings: object, seed: int, resume: bool, out: Path) -> None:

@@ -219,3 +219,49 @@ def test_held_out_distributions_are_never_drawn():
     random = np.random.default_rng(0)
     drawn = " ".join(draw(Range(), random).sizes.name for _ in range(200))
     assert not any(name in drawn for name in HELD_OUT)
+
+
+def test_td3_trains_on_the_same_environment_and_leaves_weights_like_ours(tmp_path):
+    pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG + "\n[environment.range]\nlevels = [3, 3]\n")
+    arguments = ["srla", "--algorithm", "td3", "--config", str(config), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(train, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    agent, _, record = weights.load(tmp_path / "run" / "weights.npz")
+    assert record["algorithm"] == "td3"
+    assert np.abs(agent.act(np.ones((1, agent.features), np.float32), np.ones((1, 7), np.float32))).max() > 0
+    with pytest.raises(UsageError, match="cannot be resumed"):
+        CliRunner().invoke(train, [*arguments, "--resume"], catch_exceptions=False)
+
+
+def test_the_actor_of_td3_is_copied_exactly():
+    pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
+    from central.srla.comparison import Td3Trainer
+
+    trainer = Td3Trainer(replace(TINY, rounds=2, check_every=2), seed=1)
+    trainer.advance()
+    states = np.random.default_rng(0).random((5, trainer.agent.features), np.float32)
+    theirs, _ = trainer._model.predict(states, deterministic=True)
+    np.testing.assert_allclose(trainer.agent.act(states, np.ones((5, 7), np.float32)), theirs, atol=1e-6)
+    trainer.close()
+
+
+def test_shipped_configurations_are_read():
+    folder = weights.FOLDER.parent / "configs"
+    found = {path.stem: settings.read(Settings, path) for path in folder.glob("*.toml")}
+    assert set(found) >= {"srla", "auto", "scratch"}
+    assert found["auto"].agent == replace(
+        ddpg.PAPER,
+        **{
+            name: getattr(found["auto"].agent, name)
+            for name in ("actor_rate", "batch", "replay", "noise_start", "noise_end", "actor_waits")
+        },
+    )
+
+
+@pytest.mark.scale
+def test_ray_runs_the_same_run():
+    pytest.importorskip("ray", reason="needs the extra scale")
+    alone = finished(SrlaTrainer(TINY, seed=3))
+    assert same(alone, finished(SrlaTrainer(TINY, seed=3, count=2, ray_address="local")))

@@ -1,0 +1,180 @@
+"""`fabricpilot bench srla`: learned thresholds beside the exact optimiser's and the best the simulator can find.
+
+    unseen   workloads that nobody trained on: first use, and the thresholds in force during the first ten reports
+    scratch  training from an equal split on one workload, in wall time
+
+Every value is a mean completion time over the optimum's on the same flows, none of which the search or the learner has
+seen. The optimum is the better of the exact optimiser's thresholds and CMA-ES in the simulator started from them.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from fabricpilot.options import json_option, print_json
+
+if TYPE_CHECKING:
+    from central.srla.trial import Case
+
+_LOADS, _LEVELS, _RATE_GBPS = (0.5, 0.8), (4, 8), 10.0
+_REPORTS = 10
+_QUICK = ("websearch_dctcp_bytes_trafficgenerator", "facebook_hadoop_bytes_hpcc", "homa_w3_bytes_cdf")
+_FULL_LOADS, _FULL_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9), (2, 4, 6, 8)
+
+
+@click.command()
+@click.option("--full", is_flag=True, help="Every bundled distribution, loads 0.5 to 0.9, K 2 to 8. Long.")
+@click.option("--seeds", default=1, show_default=True, help="Traffic, and training from scratch, so many times.")
+@click.option("--flows", default=50_000, show_default=True, help="Flows that thresholds are judged by.")
+@click.option("--evaluations", default=120, show_default=True, help="Simulations the search may use.")
+@click.option("--workers", default=2, show_default=True, help="Processes of the training from scratch.")
+@click.option("--scratch/--no-scratch", default=True, help="Train from scratch too.")
+@json_option
+def srla(full: bool, seeds: int, flows: int, evaluations: int, workers: int, scratch: bool, as_json: bool) -> None:
+    """Compare learned thresholds with the exact optimiser's and with the simulator's optimum."""
+    from simulator.workloads.distribution import names
+    from simulator.workloads.situations import HELD_OUT
+
+    rows = []
+    for name in names() if full else _QUICK:
+        for load in _FULL_LOADS if full else _LOADS:
+            for levels in _FULL_LEVELS if full else _LEVELS:
+                for seed in range(1, seeds + 1):
+                    row = {"cdf": name, "unseen": name in HELD_OUT, "load": load, "levels": levels, "seed": seed}
+                    rows.append(row | _unseen(name, load, levels, flows, evaluations, seed))
+                    if not as_json:
+                        click.echo(_line(rows[-1]))
+    result: dict[str, Any] = {"above_optimum": _means([row for row in rows if row["unseen"]]), "rows": rows}
+    if full:
+        result["above_optimum_all"] = _means(rows)
+    if scratch:
+        result["scratch"] = [_scratch(seed, workers, flows, evaluations) for seed in range(1, seeds + 1)]
+    if as_json:
+        print_json(result)
+        return
+    means = ", ".join(f"{method} {share:+.2%}" for method, share in result["above_optimum"].items())
+    click.echo(f"mean above the simulator's optimum, workloads not trained on: {means}")
+    for one in result.get("scratch", ()):
+        click.echo(f"from scratch, seed {one['seed']}: {one['above_optimum']:+.2%} after {one['seconds']:.0f} s")
+
+
+def _unseen(name: str, load: float, levels: int, flows: int, evaluations: int, seed: int) -> dict[str, Any]:
+    """What each method is worth above the optimum on one workload."""
+    from central.srla import weights
+    from central.srla.policy import SrlaPolicy
+    from simulator.schemes import equal_split
+
+    case = _case(name, load, levels, flows, seed)
+    met = case.met
+    policy = SrlaPolicy.load()
+    base = policy.encoding.thresholds_at(met.base, np.zeros(len(met.base)))
+    action = policy.agent.act(case.state[None], (np.isfinite(met.base) * np.float32(1))[None])[0]
+    worth = {
+        "exact": case.base_value,
+        "srla": case.value(policy.encoding.thresholds_at(met.base, action), "fct"),
+        "equal-split": case.value(equal_split(met.situation.sizes, levels), "fct"),
+    }
+    worth |= _reporting(case)
+    if weights.AUTO.exists() and levels == 4:
+        auto = SrlaPolicy.load(weights.AUTO)
+        from central.thresholds.simulated import results
+
+        sample = met.situation.trace(2_000, np.random.default_rng([seed, 2]))
+        worth["auto"] = case.value(auto.thresholds(met.summary(base, results(sample, base, met.link))), "fct")
+    optimum = min(worth["exact"], _search(case, evaluations, seed))
+    return {method: value / optimum - 1 for method, value in worth.items()}
+
+
+def _case(name: str, load: float, levels: int, flows: int, seed: int) -> "Case":
+    from central.srla import weights
+    from central.srla.trial import Trial
+    from simulator.workloads.situations import Range
+
+    given = Range((name,), (load, load), (_RATE_GBPS,), (levels, levels), vary=False, bursty=0.0)
+    encoding = weights.load()[1]
+    return Trial.of(given, 1, flows, encoding, "fct", seed).cases[0]
+
+
+def _search(case: "Case", evaluations: int, seed: int) -> float:
+    """Mean completion time of the case's flows under the best thresholds that CMA-ES finds on other flows."""
+    from central.srla.environment import objective_of
+    from central.srla.policy import SrlaPolicy
+    from central.thresholds.search import search
+    from central.thresholds.simulated import results
+
+    met = case.met
+    seen = met.situation.trace(len(case.trace), np.random.default_rng([seed, 1]))
+    start = SrlaPolicy.load().encoding.thresholds_at(met.base, np.zeros(len(met.base)))
+    found = search(
+        lambda thresholds: objective_of(results(seen, thresholds, met.link), "fct"),
+        start,
+        met.situation.sizes.max_bytes,
+        evaluations=evaluations,
+        seed=seed,
+    )
+    return case.value(found.thresholds, "fct")
+
+
+def _reporting(case: "Case") -> dict[str, float]:
+    """The first reports of a group whose every proposal is used: worst and mean over them, exploration included."""
+    from central.srla.online import OnlineSrla
+    from central.thresholds.simulated import results
+    from fabricpilot.config import PolicySection
+
+    learner, met = OnlineSrla(PolicySection()), case.met
+    used = learner.encoding.thresholds_at(met.base, np.zeros(len(met.base)))
+    random, values = np.random.default_rng(3), []
+    for _ in range(_REPORTS):
+        summary = met.summary(used, results(met.situation.trace(5_000, random), used, met.link))
+        learner.learn(summary)
+        used = learner.propose(summary).thresholds or used
+        values.append(case.value(used, "fct"))
+    return {"srla-reporting": float(np.mean(values)), "srla-reporting-worst": max(values)}
+
+
+def _scratch(seed: int, workers: int, flows: int, evaluations: int) -> dict[str, Any]:
+    """Train from scratch and judge the weights that did best in its own trials."""
+    from central.srla.training import Settings, SrlaTrainer
+    from central.srla.trial import Trial
+    from central.training.settings import read
+
+    settings = read(Settings, Path(__file__).parent / "configs" / "scratch.toml")
+    given = settings.environment.range
+    exact = _case(given.cdfs[0], given.load[0], given.levels[0], flows, seed)
+    optimum = min(exact.base_value, _search(exact, evaluations, seed))
+    start = time.perf_counter()
+    trainer = SrlaTrainer(settings, seed, workers)
+    try:
+        while trainer.done < trainer.total:
+            trainer.advance()
+        seconds = time.perf_counter() - start
+        trainer.use_best()
+        own = Trial.of(given, 1, flows, settings.encoding, "fct", seed)
+        (chosen,) = own.thresholds(trainer.agent)
+    finally:
+        trainer.close()
+    value = exact.value(chosen, "fct")
+    return {
+        "seed": seed,
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "simulated_flows": 2 * settings.rounds * settings.environments * settings.environment.flows,
+        "thresholds": list(chosen.bytes),
+        "above_optimum": value / optimum - 1,
+    }
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    methods = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _KEYS]
+    return {method: float(np.mean([row[method] for row in rows if method in row])) for method in methods}
+
+
+_KEYS = ("cdf", "unseen", "load", "levels", "seed")
+
+
+def _line(row: dict[str, Any]) -> str:
+    shares = ", ".join(f"{method} {share:+.2%}" for method, share in row.items() if method not in _KEYS)
+    return f"{row['cdf']} load {row['load']} K {row['levels']}: {shares}"
