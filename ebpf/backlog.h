@@ -12,15 +12,18 @@
  */
 #pragma once
 
-/* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent. */
-static __always_inline __u64 rank_of(__u64 attained_bytes, const struct packet *packet, const struct sender *sender,
-				     const struct hint *hint, const struct settings *settings)
+/* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent; no packet
+ * has carried the byte `next_sequence` yet, nor those behind it. */
+static __always_inline __u64 rank_of(__u64 attained_bytes, __u32 next_sequence, const struct packet *packet,
+				     const struct sender *sender, const struct hint *hint,
+				     const struct settings *settings)
 {
 	__u64 known_bytes = attained_bytes;
 
 #if SEES_BACKLOG
 	if (sender->known && settings->use_backlog) {
-		__u32 ahead = sender->written - packet->sequence; /* this packet's payload, and what is unsent behind it */
+		/* This packet's payload, and what is unsent: not all behind a packet that is sent again, which was counted. */
+		__u32 ahead = packet->payload_bytes + (sender->written - next_sequence);
 
 		/* A message's last byte decides, as it does when all of it was sent. */
 		if ((__s32)ahead > 0)

@@ -234,7 +234,7 @@ static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *
 	__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
 	level = last_level(settings);
 	if (flow->flags & FLOW_SAW_MESSAGE)
-		level = level_of(settings, rank_of(attained_bytes, packet, &sender, hint, settings));
+		level = level_of(settings, rank_of(attained_bytes, flow->next_sequence, packet, &sender, hint, settings));
 	if (flow->level != level) {
 		flow->level = level;
 		tell_if_long(flow, packet, &sender, attained_bytes, level, settings, counters);

@@ -209,6 +209,7 @@ def _show(report: dict[str, Any], outcome: "Outcome", out: Path) -> None:
 
 
 def _show_plan(plan: "RunPlan", flows: int, offered_load: float, schemes: Sequence[str], out: Path) -> None:
+    from central.policy.schemes import find
     from testbed.netns.registry import Run
     from testbed.netns.star import StarPlan
     from testbed.netns.switch_port import shape_command
@@ -222,7 +223,7 @@ def _show_plan(plan: "RunPlan", flows: int, offered_load: float, schemes: Sequen
             click.echo(f"ip -netns {namespace} {line}")
     for scheme in schemes:
         command = " ".join(shape_command(plan.rate_bps, plan.buffer_bytes, dscp_of(scheme)))
-        click.echo(f"# {scheme}: in {star.switch}: {command}")
+        click.echo(f"# {scheme}: {find(scheme).described}\n# {scheme}: in {star.switch}: {command}")
     click.echo(
         f"# {flows:,} flows of {plan.recipe.workload} x {plan.scale:g} at load {offered_load:.3f} "
         f"in {plan.duration_s:g} s under each of: {', '.join(schemes)}; results in {out}"

@@ -34,7 +34,9 @@ def document(outcome: Outcome) -> dict[str, Any]:
         "senders": plan.senders,
         "improvement": _improvement(schemes),
         "runs": {name: _run(scheme) for name, scheme in outcome.schemes.items()},
-        "thresholds": [entry for scheme in outcome.schemes.values() for entry in scheme.thresholds],
+        "thresholds": [
+            {"scheme": name, **entry} for name, scheme in outcome.schemes.items() for entry in scheme.thresholds
+        ],
         "calibration": {
             "size_bytes": list(outcome.calibration.size_bytes),
             "fct_us": [round(ns / 1e3, 1) for ns in outcome.calibration.fct_ns],

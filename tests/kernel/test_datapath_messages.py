@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datapath_kit import flow_key, in_netns, run
-from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured, transfer
+from datapath_wire import ADDRESSES, PORT, SETTINGS, THRESHOLDS, Host, Seen, captured, transfer
 
 from fabricpilot.histogram import LogHistogram
 from hostagent.datapath import bpf_syscall as bpf
@@ -170,6 +170,24 @@ def test_what_is_written_in_one_go_travels_on_the_level_of_its_size(host, servic
     assert levels[-1] == SETTINGS.thresholds.level_of(size_bytes - 1)
     assert host.datapath.sees_backlog()
     assert levels[len(levels) // 4] == levels[-1], "placed by what was written, not by what was sent"
+
+
+def test_what_is_sent_again_is_not_counted_as_waiting(host, service):
+    """What is in flight behind a lost packet was counted when it was sent: it does not wait once more."""
+    host.datapath.apply(BY_BACKLOG)
+    with in_netns(host.sender):
+        run("ip", "link", "set", "nic0", "gso_max_segs", "1")
+        run("tc", "qdisc", "add", "dev", "nic0", "root", "tbf", "rate", "50mbit", "burst", "5k", "limit", "2m")
+    lose = "meta l4proto tcp meta length > 1000 numgen inc mod 100 == 60 drop"
+    with in_netns(host.receiver):
+        run("nft", "add table ip lossy; add chain ip lossy in { type filter hook prerouting priority 0 ; }")
+        run("nft", f"add rule ip lossy in {lose}")
+    with captured(host.receiver) as capture:  # in front of what loses
+        service.request(440_000)
+    sent = [seen for seen in capture.packets if seen.payload_bytes]
+    assert 440_000 < sum(seen.payload_bytes for seen in sent) < THRESHOLDS[1]
+    assert {seen.dscp for seen in sent[len(sent) // 2 :]} == {SETTINGS.dscp[1]}
+    assert {seen.dscp for seen in sent} <= set(SETTINGS.dscp[:2])
 
 
 def test_backlog_is_not_looked_at_where_it_is_not_wanted(host, service):

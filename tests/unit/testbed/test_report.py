@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,20 @@ def test_one_scheme_alone_makes_a_report_too() -> None:
     assert report["improvement"] is None
     assert report["dscp"] == {"checked": 0, "correct": 0}
     assert sentences(report)[0] == "Flows completed of 100: fifo 100; lost: 0."
+
+
+def test_any_number_of_schemes_of_any_k_is_drawn(tmp_path: Path) -> None:
+    made = outcome()
+    fifo, ours = made.schemes["fifo"], made.schemes["fabricpilot"]
+    for number in range(12):
+        made.schemes[f"more-{number}"] = fifo
+    eight = [{"time_s": 0.0, "thresholds": [10**n for n in range(1, 8)], "reason": "of the scheme"}]
+    made.schemes["las"] = replace(ours, thresholds=eight)
+    made.schemes["mlfq"] = ours
+    report = document(made)
+    assert [entry["scheme"] for entry in report["thresholds"]] == ["fabricpilot"] * 2 + ["las"] + ["mlfq"] * 2
+    draw({n: s.results for n, s in made.schemes.items()}, 0.1, report["thresholds"], tmp_path / "fct.png")
+    assert (tmp_path / "fct.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_page_stands_alone(tmp_path: Path) -> None:

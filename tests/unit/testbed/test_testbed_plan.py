@@ -97,9 +97,11 @@ def test_wrong_usage_is_one_line(arguments: list[str], error: str) -> None:
     assert "\n" not in str(result.exception)
 
 
-def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [["demo"], ["run", "fair", "qsjf", "--json"]])
+def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    result = CliRunner().invoke(group, ["demo"])
+    result = CliRunner().invoke(group, command)
+    assert result.stdout == ""
     assert getattr(result.exception, "exit_code", None) == 3
     assert "needs root" in str(result.exception)
 
