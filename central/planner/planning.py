@@ -3,6 +3,7 @@
 No plan leaves here that the independent checker has not replayed.
 """
 
+import time
 from collections.abc import Callable
 
 from central.planner import checker
@@ -13,21 +14,30 @@ from central.planner.solvers.registry import Solver, solver
 from fabricpilot.errors import FabricpilotError, UsageError
 
 
-def make_plan(problem: Problem, name: str, seconds: float, seed: int = 0) -> Plan:
-    """A checked plan by the solver of that name.
+def make_plan(
+    problem: Problem, name: str, seconds: float, seed: int = 0, clock: Callable[[], float] = time.monotonic
+) -> Plan:
+    """A checked plan by the solver of that name; `clock` says when `seconds` are over.
 
     Raises:
         UsageError: unknown solver, impossible limits, or a goal that is proven to be out of reach.
         FabricpilotError: the checker refused the plan: a bug, never shown as a plan.
     """
-    return plan_by(problem, name, solver(name), seconds, seed)
+    return plan_by(problem, name, solver(name), seconds, seed, clock)
 
 
-def plan_by(problem: Problem, name: str, run: Solver | Callable[..., Solution], seconds: float, seed: int) -> Plan:
+def plan_by(
+    problem: Problem,
+    name: str,
+    run: Solver | Callable[..., Solution],
+    seconds: float,
+    seed: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> Plan:
     """Like `make_plan`, by any function that is a solver."""
     check_limits(problem.limits, problem.mapping.vms)
     warm_up()
-    deadline = Deadline(seconds)
+    deadline = Deadline(seconds, clock)
     solution = run(problem, deadline, seed)
     goal = problem.objective.goal
     if solution.impossible:

@@ -36,7 +36,7 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     del seed
     policy, _ = weights.load()
     first = Walk(problem, Cluster(problem.mapping, problem.limits.fixed))
-    plans = [_Plan(first, Observer(first.state, first.valuation, first.tables), 0.0)]
+    plans = [_Plan(first, Observer(first), 0.0)]
     best = first
     with torch.no_grad():
         tokens = Tokens(policy, [plans[0].observer])
@@ -54,14 +54,15 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
                     continue
                 seen.add(after.tobytes())
                 walk = parent.walk.fork()
-                observer = parent.observer.fork(walk.state, walk.tables)
-                source, target = int(observer.host[vm]), int(walk.cluster.place_pm[place])
+                observer = parent.observer.fork(walk)
+                source = int(walk.state.vm_place[vm])
                 walk.go(vm, place)
-                observer.moved(vm, source, target)
+                observer.moved(vm, source, place)
+                touched = sorted({int(walk.cluster.place_pm[source]), int(walk.cluster.place_pm[place])})
                 if better(walk, best):
                     best = walk
                 if walk.budget.moves_left > 0 and not walk.reached():
-                    changed += [(len(grown), observer, pm) for pm in sorted({source, target})]
+                    changed += [(len(grown), observer, pm) for pm in touched]
                     parents.append(row)
                     grown.append(_Plan(walk, observer, log))
             plans = grown
@@ -73,8 +74,7 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
 
 def _continuations(policy: Policy, tokens: Tokens, plans: list[_Plan]) -> list[tuple[float, int, int, int, float]]:
     """(merit, plan, VM, place, log-probability so far) of what may follow."""
-    mnl = max(1, plans[0].walk.budget.limits.mnl)
-    seen = [plan.observer.observe(plan.walk.budget.moves / mnl) for plan in plans]
+    seen = [plan.observer.observe() for plan in plans]
     batch = batch_of(seen)
     found = []
     scores, pms, _ = policy.score(batch, tokens.vm, tokens.pm)

@@ -25,7 +25,7 @@ def growth() -> Iterator[dict[str, float]]:
     for pms in PMS:
         shape = replace(SHAPES["medium"], pms=pms, vms=round(pms * SHAPES["medium"].vms / SHAPES["medium"].pms))
         walk = Walk(Problem(generate(shape, 1), parse_objective("fr"), Limits(STEPS)))
-        batch = batch_of([Observer(walk.state, walk.valuation, walk.tables).observe(0.0)])
+        batch = batch_of([Observer(walk).observe()])
         with torch.no_grad():
             policy.encode_all(batch)
             started = time.perf_counter()

@@ -1,9 +1,11 @@
 """Warm start: learn from the exact solver, which solves small clusters in a few hundredths of a second.
 
-Logic: a random small mapping at a random workload level; the policy itself walks a few steps (so that the teacher also
-answers where the policy goes wrong, as in DAgger); from there the exact flow says which VMs may leave and which places
-await them. Any VM of the flow is right, so the loss is minus the log of the probability of all right choices together:
-    -log sum over right VMs of p(vm)  -  log sum over right places of p(place | vm)
+Logic: a random small mapping at a random workload level; the policy itself walks a part of the way, so that the teacher
+also answers where the policy goes wrong (DAgger; Ross et al., 2011); from there the exact flow says which VMs may leave
+and which places await them. Of these the most valuable come first, so that the teacher's order is one a policy can
+follow: what gains at once before what only prepares. Any of them is right, so the loss is minus the log of the
+probability of all right choices together, and the value learns what the flow still gains:
+    -log sum over right VMs of p(vm)  -  log sum over right places of p(place | vm)  +  w (value - gain left)^2
 One right move is made, the flow loses it, and the next state is labelled, until the flow is done.
 """
 
@@ -19,13 +21,15 @@ from torch import Tensor
 from central.planner.generator import SHAPES, generate
 from central.planner.learned import weights
 from central.planner.learned.network import Policy, batch_of
-from central.planner.learned.observe import Observation, Observer, Singles
-from central.planner.learned.rollout import Cut, roll, stack
+from central.planner.learned.observe import Observation
+from central.planner.learned.rollout import REWARD_SCALE, Cut, roll, stack
 from central.planner.model.cluster import Bools, Ints
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Deadline, Limits, Problem
 from central.planner.solvers.columns import Master
 from central.planner.solvers.greedy import Walk
+from central.planner.solvers.grouped import Counts
+from central.planner.solvers.tables import Singles
 
 OBJECTIVES = ("fr", "fr", "fr", "mixed", "multi")
 
@@ -37,10 +41,11 @@ class Settings:
     updates: int = 2400
     batch: int = 24  # labelled states per update
     learning_rate: float = 1e-3  # annealed to 0 along a half cosine
-    pms: tuple[int, int] = (10, 32)  # drawn per mapping
+    pms: tuple[int, int] = (10, 40)  # drawn per mapping
     used: tuple[float, float] = (0.65, 0.92)
-    mnl: tuple[int, int] = (3, 20)
-    walked: float = 0.5  # share of the MNL that the policy walks at most before the teacher takes over
+    moves_per_pm: tuple[float, float] = (0.08, 0.6)  # MNL, drawn per walk; at least 3
+    walked: float = 0.8  # share of the MNL that the policy walks at most before the teacher takes over
+    value_weight: float = 0.25
     pool: int = 200  # mappings in all; walks on one differ by their start, MNL and objective
     fresh: int = 8  # states labelled anew per update; the others are drawn from those kept
     kept: int = 6000
@@ -58,47 +63,38 @@ class Lesson:
     place_features: Singles
     legal: Bools
     places: Ints  # right ones, as positions
+    left: float  # what the exact flow still gains, in rewards (see `ppo`)
 
 
 def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.random.Generator) -> list[Lesson]:
     """Labelled states along one walk."""
     walk = Walk(problem)
+    generator = torch.Generator().manual_seed(int(random.integers(2**31)))
     steps = int(random.integers(0, max(1, int(settings.walked * problem.limits.mnl)) + 1))
-    if steps:
-        generator = torch.Generator().manual_seed(int(random.integers(2**31)))
-        short = Walk(replace(problem, limits=replace(problem.limits, mnl=steps)), walk.cluster)
-        roll(policy, [short], generator, Cut())
-        for _, (vm, _, place) in zip(short.steps, list(short.state.history), strict=True):
-            walk.go(vm, int(place))
+    observer = roll(policy, [walk], generator, Cut(), stop=lambda: walk.budget.moves >= steps)[0].observer
     master = Master(walk.state, walk.valuation, replace(problem.limits, mnl=walk.budget.moves_left))
     result = master.solve(Deadline(5.0))
     if result.flow is None or not result.flow.arriving:
         return []
     leaving, arriving = dict(result.flow.leaving), dict(result.flow.arriving)
-    observer = Observer(walk.state, walk.valuation, walk.tables)
     found = []
     while arriving:
-        seen = observer.observe(walk.budget.moves / problem.limits.mnl)
-        ready = [(group, place) for group, place in arriving if walk.state.fits_at(group, place)]
-        groups = {group for group, _ in ready}
-        able = [(group, place) for group, place in leaving if group in groups]
-        vms = [vm for key in able for vm in walk.occupancy.at.get(key, ()) if seen.vm_mask[vm]]
-        if not vms:
+        seen = observer.observe()
+        vms, places = _right(walk, leaving, arriving, seen)
+        if not len(vms):
             break
         vm = int(random.choice(vms))
         group, source = int(walk.cluster.vm_group[vm]), int(walk.state.vm_place[vm])
         options, features, legal = observer.places(vm)
-        right = np.array(
-            [place - options.start for one, place in ready if one == group and legal[place - options.start]],
-            dtype=np.int64,
-        )
+        right = np.array([place for place in places[group] if legal[place - options.start]], dtype=np.int64)
         if not len(right):
             break
         place_pm = walk.cluster.place_pm[options.start : options.stop]
-        found.append(Lesson(seen, np.array(vms), vm, place_pm, features, legal, right))
-        target = options.start + int(random.choice(right))
+        left = (result.value - walk.value()) * REWARD_SCALE
+        found.append(Lesson(seen, vms, vm, place_pm, features, legal, right - options.start, left))
+        target = int(random.choice(right))
         walk.go(vm, target)
-        observer.moved(vm, int(walk.cluster.place_pm[source]), int(walk.cluster.place_pm[target]))
+        observer.moved(vm, source, target)
         for counts, key in ((leaving, (group, source)), (arriving, (group, target))):
             counts[key] -= 1
             if not counts[key]:
@@ -106,11 +102,35 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
     return found
 
 
-def loss_of(policy: Policy, batch: list[Lesson]) -> tuple[Tensor, Tensor]:
-    """The two losses, each averaged over the batch."""
+def _right(walk: Walk, leaving: Counts, arriving: Counts, seen: Observation) -> tuple[Ints, dict[int, list[int]]]:
+    """VMs of the flow that can go now and gain most at once, and per group the places where they gain it."""
+    gains = walk.tables
+    places: dict[int, list[int]] = {}
+    best: dict[int, float] = {}
+    for group, place in arriving:
+        if walk.state.fits_at(group, place):
+            worth = float(gains.arrive[group, place])
+            if worth > best.get(group, -np.inf) + 1e-4:
+                places[group], best[group] = [], worth
+            if worth > best[group] - 1e-4:
+                places[group].append(place)
+    worths = {key: float(gains.leave[key]) + best[key[0]] for key in leaving if key[0] in places}
+    most = -np.inf
+    able: list[int] = []
+    for key, worth in worths.items():
+        if worth > most - 1e-4:
+            vms = [vm for vm in walk.occupancy.at.get(key, ()) if seen.vm_mask[vm]]
+            if vms and worth > most + 1e-4:
+                able, most = [], worth
+            able += vms
+    return np.array(able, dtype=np.int64), places
+
+
+def loss_of(policy: Policy, batch: list[Lesson]) -> tuple[Tensor, Tensor, Tensor]:
+    """The three losses (VM, place, value), each averaged over the batch."""
     states = batch_of([lesson.seen for lesson in batch])
     vm_tokens, pm_tokens = policy.encode_all(states)
-    scores, pms, _ = policy.score(states, vm_tokens, pm_tokens)
+    scores, pms, values = policy.score(states, vm_tokens, pm_tokens)
     vm_log = torch.log_softmax(scores, dim=-1)
     pm, features, legal = stack(
         [lesson.place_pm for lesson in batch],
@@ -121,7 +141,8 @@ def loss_of(policy: Policy, batch: list[Lesson]) -> tuple[Tensor, Tensor]:
     place_log = torch.log_softmax(policy.place_scores(states, vm_tokens, pms, chosen, pm, features, legal), dim=-1)
     vm_loss = -torch.stack([torch.logsumexp(vm_log[i, one.vms], 0) for i, one in enumerate(batch)]).mean()
     place_loss = -torch.stack([torch.logsumexp(place_log[i, one.places], 0) for i, one in enumerate(batch)]).mean()
-    return vm_loss, place_loss
+    value_loss = ((values - torch.tensor([one.left for one in batch])) ** 2).mean()
+    return vm_loss, place_loss, value_loss
 
 
 def random_problem(settings: Settings, random: np.random.Generator) -> Problem:
@@ -143,7 +164,7 @@ def random_problem(settings: Settings, random: np.random.Generator) -> Problem:
 
 def vary(problem: Problem, settings: Settings, random: np.random.Generator) -> Problem:
     """The same mapping with another MNL and objective."""
-    mnl = int(random.integers(settings.mnl[0], settings.mnl[1] + 1))
+    mnl = max(3, round(float(random.uniform(*settings.moves_per_pm)) * len(problem.mapping.pms)))
     return replace(problem, objective=parse_objective(str(random.choice(OBJECTIVES))), limits=Limits(mnl))
 
 
@@ -164,7 +185,7 @@ def distill(
     stock: list[Lesson] = []  # the latest lessons, used several times each
     owed = 0
     started = time.monotonic()
-    smooth = np.zeros(2)
+    smooth = np.zeros(3)
     for update in range(1, settings.updates + 1):
         owed += settings.fresh
         while owed > 0 or len(stock) < 4 * settings.batch:
@@ -178,15 +199,16 @@ def distill(
         del stock[: len(stock) - settings.kept]
         batch = [stock[int(row)] for row in random.integers(len(stock), size=settings.batch)]
         policy.train()
-        vm_loss, place_loss = loss_of(policy, batch)
+        vm_loss, place_loss, value_loss = loss_of(policy, batch)
         optimiser.zero_grad()
-        (vm_loss + place_loss).backward()  # type: ignore[no-untyped-call]
+        (vm_loss + place_loss + settings.value_weight * value_loss).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()
         annealed.step()
-        smooth = 0.95 * smooth + 0.05 * np.array([vm_loss.item(), place_loss.item()])
+        smooth = 0.95 * smooth + 0.05 * np.array([vm_loss.item(), place_loss.item(), value_loss.item()])
         if update % 50 == 0:
-            report(f"update {update} vm {smooth[0]:.3f} place {smooth[1]:.3f} {time.monotonic() - started:.0f} s")
+            losses = f"vm {smooth[0]:.3f} place {smooth[1]:.3f} value {smooth[2]:.4f}"
+            report(f"update {update} {losses} {time.monotonic() - started:.0f} s")
         if update % 100 == 0 or update == settings.updates:
             record = {"algorithm": "distill", "updates": update, "seconds": round(time.monotonic() - started)}
             weights.save(policy, out, record | {"settings": settings.__dict__, "before": before})

@@ -13,11 +13,10 @@ from gymnasium import spaces
 
 from central.planner.generator import Shape, generate
 from central.planner.learned.observe import PM_FEATURES, VM_FEATURES, Observation, Observer
+from central.planner.learned.rollout import REWARD_SCALE
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Limits, Problem
 from central.planner.solvers.greedy import Walk
-
-REWARD_SCALE = 16 / 128  # per slot: fragment cores removed over 128, as published
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,9 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         super().reset(seed=seed)
         mapping = generate(self.shape, int(self.np_random.integers(2**31)))
         self.walk = Walk(Problem(mapping, self.goal, Limits(self.mnl)))
-        self.observer = Observer(self.walk.state, self.walk.valuation, self.walk.tables)
+        self.observer = Observer(self.walk, net=False)
         self.steps = 0
-        self.seen = self.observer.observe(0.0)
+        self.seen = self.observer.observe()
         return self._observation(), self._info(False)
 
     def step(
@@ -113,11 +112,11 @@ class RescheduleEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]])
         before = self.walk.value()
         legal = bool(self.place_mask(vm)[place])
         if legal:
-            source = int(self.walk.cluster.place_pm[self.walk.state.vm_place[vm]])
+            source = int(self.walk.state.vm_place[vm])
             self.walk.go(vm, place)
-            self.observer.moved(vm, source, int(self.walk.cluster.place_pm[place]))
+            self.observer.moved(vm, source, place)
         self.steps += 1
-        self.seen = self.observer.observe(self.steps / self.mnl)
+        self.seen = self.observer.observe()
         reward = (self.walk.value() - before) * REWARD_SCALE if legal else -self.kind.penalty
         stuck = not self.seen.vm_mask.any()
         return self._observation(), float(reward), stuck, self.steps >= self.mnl, self._info(not legal)

@@ -28,7 +28,7 @@ def guided(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     policy, _ = weights.load()
 
     def score(walk: Walk) -> npt.NDArray[np.float64]:
-        seen = Observer(walk.state, walk.valuation).observe(0.5)
+        seen = Observer(walk).observe()
         plain = fragments(walk)
         batch = batch_of([seen])
         with torch.no_grad():

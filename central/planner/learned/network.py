@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from central.planner.learned.observe import LOCAL_FEATURES, PLACE_FEATURES, PM_FEATURES, VM_FEATURES, Observation
+from central.planner.learned.observe import (
+    LOCAL_FEATURES,
+    PLACE_FEATURES,
+    PM_FEATURES,
+    PROGRESS_FEATURES,
+    VM_FEATURES,
+    Observation,
+)
 
 MASKED = -1e9
 
@@ -31,7 +38,7 @@ class Batch:
     host: Tensor  # (B, V) PM of each VM, -1 where there is none or no VM
     vm_mask: Tensor  # (B, V)
     pm_mask: Tensor  # (B, M) False where padded
-    used: Tensor  # (B,)
+    progress: Tensor  # (B, PROGRESS_FEATURES)
 
 
 def batch_of(observations: Sequence[Observation]) -> Batch:
@@ -46,8 +53,8 @@ def batch_of(observations: Sequence[Observation]) -> Batch:
         v, m = len(one.vm), len(one.pm)
         vm[row, :v], pm[row, :m], host[row, :v], vm_mask[row, :v] = one.vm, one.pm, one.host, one.vm_mask
         pm_mask[row, :m] = True
-    used = np.array([one.used for one in observations], dtype=np.float32)
-    return Batch(*(torch.from_numpy(part) for part in (vm, pm, host, vm_mask, pm_mask, used)))
+    progress = np.stack([one.progress for one in observations])
+    return Batch(*(torch.from_numpy(part) for part in (vm, pm, host, vm_mask, pm_mask, progress)))
 
 
 def rows(tokens: Tensor, index: Tensor) -> Tensor:
@@ -115,7 +122,7 @@ class Policy(nn.Module):
         self.sizes = {"width": width, "heads": heads, "blocks": blocks, "latents": latents}
         self.vm_in = nn.Sequential(nn.Linear(LOCAL_FEATURES, width), nn.GELU(), nn.Linear(width, width))
         self.pm_in = nn.Sequential(nn.Linear(PM_FEATURES, width), nn.GELU(), nn.Linear(width, width))
-        self.used_in = nn.Linear(1, width)
+        self.progress_in = nn.Linear(PROGRESS_FEATURES, width)
         self.local = nn.ModuleList(Local(width, heads) for _ in range(blocks))
         self.across = nn.ModuleList(Across(width, heads, latents) for _ in range(blocks))
         # The VM head is one layer on (token, PM's token, features), written as a sum: each part where it is cheapest.
@@ -159,7 +166,7 @@ class Policy(nn.Module):
 
     def score(self, batch: Batch, vm_tokens: Tensor, pm_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masked VM scores (B, V), PM tokens after the rounds across the cluster (B, M, d), values (B,)."""
-        pms = pm_tokens + self.used_in(batch.used[:, None])[:, None]
+        pms = pm_tokens + self.progress_in(batch.progress)[:, None]
         summary = pms[:, :1]
         for block in self.across:
             pms, summary = block(pms, batch.pm_mask)
@@ -169,7 +176,8 @@ class Policy(nn.Module):
             + self.score_features(batch.vm)
         )
         scores = self.score_out(functional.gelu(mixed))[..., 0].masked_fill(~batch.vm_mask, MASKED)
-        return scores, pms, self.value_out(summary.mean(dim=1))[..., 0]
+        # The head's value is per PM, so that it does not grow with the cluster.
+        return scores, pms, self.value_out(summary.mean(dim=1))[..., 0] * batch.pm_mask.sum(dim=1) / 8
 
     def place_scores(
         self, batch: Batch, vm_tokens: Tensor, pms: Tensor, vm: Tensor, pm: Tensor, features: Tensor, legal: Tensor

@@ -12,19 +12,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from central.planner.learned.pairs import NONE, Pairs
 from central.planner.model.cluster import Bools, Ints
-from central.planner.model.state import State, Valuation
-from central.planner.solvers.tables import GainTables
+from central.planner.model.state import Floats
+from central.planner.solvers.greedy import Walk
+from central.planner.solvers.tables import Singles
 
-Singles = npt.NDArray[np.float32]
-
-LOCAL_FEATURES = 10  # of a VM, from its own PM alone
-VM_FEATURES = LOCAL_FEATURES + 4
+LOCAL_FEATURES = 12  # of a VM, from its own PM alone
+VM_FEATURES = LOCAL_FEATURES + 6
 PM_FEATURES = 9
-PLACE_FEATURES = 9
-NONE = -4.0  # stands for the gain of arriving where nothing fits
+PLACE_FEATURES = 10
+PROGRESS_FEATURES = 2
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,32 @@ class Observation:
         pm: (M, PM_FEATURES).
         host: (V,) PM of each VM, -1 for one that is on no ACTIVE PM: it is in no tree, and masked.
         vm_mask: (V,) VMs that may be chosen: movable, and some other place has room.
-        used: share of MNL used up.
+        progress: (PROGRESS_FEATURES,) share of MNL used up; moves left per PM.
     """
 
     vm: Singles
     pm: Singles
     host: Ints
     vm_mask: Bools
-    used: float
+    progress: Singles
 
 
 class Observer:
     """The features of one walk; `moved` after every move keeps them true."""
 
-    def __init__(self, state: State, valuation: Valuation, tables: GainTables | None = None) -> None:
+    def __init__(self, walk: Walk, net: bool = True) -> None:
+        """With `net` no VM may leave a place where one of its group arrived on this walk, nor arrive where one left.
+
+        Two such moves are worth one at most, and a policy that follows its likeliest action goes round in circles.
+        """
+        state = walk.state
         cluster = state.cluster
-        self.state, self.cluster, self.valuation = state, cluster, valuation
-        self.tables = tables or GainTables(state, valuation)
+        self.walk, self.state, self.cluster, self.tables = walk, state, cluster, walk.tables
         self.slot_cores = self.tables.slot_cores
-        self.own = tables is None  # tables of a walk are brought up to date by the walk
+        self.pairs = Pairs(state, walk.valuation, walk.occupancy)
+        self.net = net
+        self.gone: Bools = np.zeros(self.tables.fits.shape, dtype=np.bool_)
+        self.come: Bools = np.zeros_like(self.gone)
         self.vm: Singles = np.zeros((len(cluster.vm_group), VM_FEATURES), dtype=np.float32)
         self.pm: Singles = np.zeros((len(cluster.mapping.pms), PM_FEATURES), dtype=np.float32)
         self.members: list[list[int]] = [[] for _ in cluster.mapping.pms]
@@ -63,38 +69,61 @@ class Observer:
             self.members[int(self.host[vm])].append(vm)
         self._refresh(range(len(cluster.mapping.pms)))
 
-    def fork(self, state: State, tables: GainTables) -> "Observer":
-        """The same features for a forked walk, whose state and tables these are."""
+    def fork(self, walk: Walk) -> "Observer":
+        """The same features for a fork of the walk."""
         twin = object.__new__(Observer)
         twin.__dict__.update(self.__dict__)
-        twin.state, twin.tables, twin.own = state, tables, False
+        twin.walk, twin.state, twin.tables = walk, walk.state, walk.tables
+        twin.pairs = self.pairs.copy(walk.state, walk.occupancy)
+        twin.gone, twin.come = self.gone.copy(), self.come.copy()
         twin.vm, twin.pm, twin.host = self.vm.copy(), self.pm.copy(), self.host.copy()
         twin.members = [list(vms) for vms in self.members]
         return twin
 
-    def moved(self, vm: int, source_pm: int, target_pm: int) -> None:
-        """Note that `vm` has gone from one PM to another (or within one): the state already shows it."""
+    def moved(self, vm: int, source: int, target: int) -> None:
+        """Note that `vm` has gone from one place to another: the walk already shows it."""
+        group = int(self.cluster.vm_group[vm])
+        source_pm, target_pm = int(self.cluster.place_pm[source]), int(self.cluster.place_pm[target])
+        if self.net:
+            self.gone[group, source] = self.come[group, target] = True
         self.members[source_pm].remove(vm)
         self.members[target_pm].append(vm)
         self.host[vm] = target_pm
         pms = sorted({source_pm, target_pm})
-        if self.own:
-            self.tables.changed(pms)
+        self.pairs.changed(np.concatenate([self.tables.places_of[pm] for pm in pms]))
         self._refresh(pms)
 
-    def observe(self, used: float) -> Observation:
-        """The state now; `used` is the share of MNL used up. A copy: it stays as it is when the walk goes on."""
-        group = self.cluster.vm_group
-        best_in = np.maximum(np.where(self.tables.fits, self.tables.arrive, -9.0).max(axis=1, initial=-9.0), NONE)
+    def observe(self) -> Observation:
+        """The state now. A copy: it stays as it is when the walk goes on."""
+        group, budget = self.cluster.vm_group, self.walk.budget
+        place = np.maximum(self.state.vm_place, 0)
+        best_in, best_out = self._best_in(), self._best_out()
+        both, turn = self.pairs.leaving(best_in, best_out)
         room = self.tables.fits.sum(axis=1)
         count = np.maximum(1, self.tables.kind.sum(axis=1))
+        used = budget.moves / max(1, budget.limits.mnl)
         self.vm[:, LOCAL_FEATURES] = best_in[group]
         self.vm[:, LOCAL_FEATURES + 1] = np.maximum(self.vm[:, 4] + best_in[group], NONE)
-        self.vm[:, LOCAL_FEATURES + 2] = (room / count)[group]
-        self.vm[:, LOCAL_FEATURES + 3] = used
-        here = self.tables.fits[group, np.maximum(self.state.vm_place, 0)]
-        mask: Bools = np.logical_and(self.cluster.vm_movable, room[group] - here > 0)
-        return Observation(self.vm.copy(), self.pm.copy(), self.host.copy(), mask, used)
+        self.vm[:, LOCAL_FEATURES + 2] = np.maximum(both[group, place] + best_in[group], NONE)
+        self.vm[:, LOCAL_FEATURES + 3] = np.maximum(turn[group, place] + best_in[group], NONE)
+        self.vm[:, LOCAL_FEATURES + 4] = (room / count)[group]
+        self.vm[:, LOCAL_FEATURES + 5] = used
+        here = self.tables.fits[group, place]
+        mask: Bools = self.cluster.vm_movable & (room[group] - here > 0) & ~self.come[group, place]
+        left = min(1.0, budget.moves_left / max(1, len(self.pm)))
+        progress = np.array([used, left], dtype=np.float32)
+        return Observation(self.vm.copy(), self.pm.copy(), self.host.copy(), mask, progress)
+
+    def _best_in(self) -> Floats:
+        """(G,) what arriving at the best place is worth to a VM of each group."""
+        best: Floats = np.where(self.tables.fits, self.tables.arrive, NONE).max(axis=1, initial=NONE).astype(float)
+        return best
+
+    def _best_out(self) -> Floats:
+        """(G,) what leaving the best place is worth to a VM of each group."""
+        there = self.walk.occupancy.count > 0
+        best: Floats = np.where(there, self.tables.leave, NONE).max(axis=1, initial=NONE).astype(float)
+        return best
 
     def _refresh(self, pms: Iterable[int]) -> None:
         chosen = list(pms)
@@ -123,8 +152,20 @@ class Observer:
             first_free % slot / slot,
             last_free % slot / slot,
             (first_free + cores) % slot / slot,
+            *self._partners(group, place),
         ]
         self.vm[vms, :LOCAL_FEATURES] = np.stack(columns, axis=1)
+
+    def _partners(self, group: Ints, place: Ints) -> tuple[Singles, Singles]:
+        """What leaving gains with the best partner, all else left aside: another that leaves, or another that comes."""
+        both, turn = np.full(len(group), NONE, dtype=np.float32), np.full(len(group), NONE, dtype=np.float32)
+        pairs = self.pairs
+        for groups, places, two, swapped in zip(pairs.groups, pairs.places, pairs.both, pairs.turn, strict=True):
+            mine = np.flatnonzero(np.isin(group, groups))
+            row, column = np.searchsorted(groups, group[mine]), place[mine] - places.start
+            both[mine] = two[row, :, column].max(axis=1, initial=NONE)
+            turn[mine] = swapped[row, :, column].max(axis=1, initial=NONE)
+        return both, turn
 
     def _pm_features(self, pms: Ints) -> None:
         cluster, state, slot = self.cluster, self.state, self.slot_cores
@@ -171,8 +212,9 @@ class Observer:
             (last - int(cluster.group_cores[group, arity - 1])) % slot / slot,
             after == 0,
             here,
+            self.pairs.arriving(group, self._best_in()),
         ]
-        legal = self.tables.fits[group, window].copy()
+        legal = self.tables.fits[group, window] & ~self.gone[group, window]
         legal[source - places.start] = False
         if arity > 1:
             legal &= ~here  # places on the same nodes overlap: what leaving gives is not counted in `fits`

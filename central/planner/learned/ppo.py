@@ -20,11 +20,9 @@ from torch import Tensor
 
 from central.planner.learned import distill, weights
 from central.planner.learned.network import Policy, batch_of
-from central.planner.learned.rollout import Choice, Cut, Trajectory, roll, stack
+from central.planner.learned.rollout import REWARD_SCALE, Choice, Cut, Trajectory, roll, stack
 from central.planner.model.problem import Problem
 from central.planner.solvers.greedy import Walk
-
-REWARD_SCALE = 16 / 128  # a slot is 16 cores; the published reward is fragment cores removed over 128
 
 
 @dataclass(frozen=True)

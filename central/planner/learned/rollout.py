@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from central.planner.learned.network import Batch, Policy, batch_of
-from central.planner.learned.observe import LOCAL_FEATURES, Observation, Observer, Singles
+from central.planner.learned.observe import LOCAL_FEATURES, Observation, Observer
 from central.planner.model.cluster import Bools, Ints
 from central.planner.solvers.greedy import Walk
+from central.planner.solvers.tables import Singles
+
+REWARD_SCALE = 16 / 128  # a slot is 16 cores; the published reward is fragment cores removed over 128
 
 Option = tuple[range, Singles, Bools]  # places of a VM's kind, their features, which are legal
 
@@ -53,6 +56,7 @@ class Cut:
 
     vm_quantile: float = 0.0
     place_quantile: float = 0.0
+    temperature: float = 1.0  # below 1: nearer to the likeliest action
     greedy_first: bool = False  # the first trajectory takes the likeliest action every time
 
 
@@ -61,7 +65,7 @@ class Tokens:
 
     def __init__(self, policy: Policy, observers: Sequence[Observer]) -> None:
         self.policy = policy
-        self.vm, self.pm = policy.encode_all(batch_of([observer.observe(0.0) for observer in observers]))
+        self.vm, self.pm = policy.encode_all(batch_of([observer.observe() for observer in observers]))
 
     def follow(self, parents: Sequence[int]) -> None:
         """From now on row i continues what was row `parents[i]`."""
@@ -93,10 +97,7 @@ def roll(
     keep: bool = False,
 ) -> list[Trajectory]:
     """Walk every one of `walks` until its budget is used up, the goal is met, nothing is legal, or `stop()`."""
-    paths = [
-        Trajectory(walk, Observer(walk.state, walk.valuation, walk.tables), best=walk.net(), length=len(walk.steps))
-        for walk in walks
-    ]
+    paths = [Trajectory(walk, Observer(walk), best=walk.net(), length=len(walk.steps)) for walk in walks]
     for path in paths:
         path.over = path.walk.budget.moves_left <= 0 or path.walk.reached()
     with torch.no_grad():
@@ -111,9 +112,7 @@ def _advance(
 ) -> None:
     """One step of every trajectory that is not over."""
     active = [index for index, path in enumerate(paths) if not path.over]
-    seen = [
-        paths[i].observer.observe(paths[i].walk.budget.moves / max(1, paths[i].walk.budget.limits.mnl)) for i in active
-    ]
+    seen = [paths[i].observer.observe() for i in active]
     batch = batch_of(seen)
     vm_tokens = tokens.vm[active]
     scores, pms, values = policy.score(batch, vm_tokens, tokens.pm[active])
@@ -126,7 +125,7 @@ def _advance(
         if not pending:
             break
         greedy = [cut.greedy_first and active[row] == 0 for row in pending]
-        vm_log, chosen = sample(scores[pending], cut.vm_quantile, generator, greedy)
+        vm_log, chosen = sample(scores[pending] / cut.temperature, cut.vm_quantile, generator, greedy)
         options = [_options(paths[active[row]], int(vm)) for row, vm in zip(pending, chosen, strict=True)]
         able = [position for position, option in enumerate(options) if option[2].any()]
         if able:
@@ -137,7 +136,9 @@ def _advance(
             )
             vms = torch.from_numpy(chosen[able])
             place_scores = policy.place_scores(part, vm_tokens[picked], pms[picked], vms, pm, features, legal)
-            place_log, places = sample(place_scores, cut.place_quantile, generator, [greedy[p] for p in able])
+            place_log, places = sample(
+                place_scores / cut.temperature, cut.place_quantile, generator, [greedy[p] for p in able]
+            )
             for position, row in enumerate(picked):
                 path, option = paths[active[row]], options[able[position]]
                 vm, index = int(vms[position]), int(places[position])
@@ -161,16 +162,16 @@ def _advance(
 def _go(path: Trajectory, vm: int, place: int) -> list[int]:
     """Make the move; the PMs it touched."""
     walk = path.walk
-    source, target = int(walk.cluster.place_pm[walk.state.vm_place[vm]]), int(walk.cluster.place_pm[place])
+    source = int(walk.state.vm_place[vm])
     before = walk.net()
     walk.go(vm, place)
-    path.observer.moved(vm, source, target)
+    path.observer.moved(vm, source, place)
     after = walk.net()
     path.rewards.append(after - before)
     if after > path.best + 1e-9:
         path.best, path.length = after, len(walk.steps)
     path.over = walk.budget.moves_left <= 0 or walk.reached()
-    return sorted({source, target})
+    return sorted({int(walk.cluster.place_pm[source]), int(walk.cluster.place_pm[place])})
 
 
 def _options(path: Trajectory, vm: int) -> Option:

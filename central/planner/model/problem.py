@@ -5,8 +5,8 @@ code that did not make them before anybody sees them.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from central.planner.model.mapping import Mapping
 from central.planner.model.objective import Objective
@@ -58,7 +58,12 @@ class Deadline:
     """A moment on the monotonic clock after which a solver must come back with what it has."""
 
     seconds: float
-    started: float = field(default_factory=time.monotonic)
+    clock: Callable[[], float] = time.monotonic
+    started: float = -1.0  # by that clock; now, if not given
+
+    def __post_init__(self) -> None:
+        if self.started < 0.0:
+            object.__setattr__(self, "started", self.clock())
 
     @property
     def left_s(self) -> float:
@@ -68,7 +73,7 @@ class Deadline:
     @property
     def elapsed_s(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self.started
+        return self.clock() - self.started
 
     @property
     def over(self) -> bool:
@@ -77,7 +82,7 @@ class Deadline:
 
     def part(self, share: float) -> "Deadline":
         """A deadline that ends after `share` of what is left."""
-        return Deadline(self.left_s * share)
+        return Deadline(self.left_s * share, self.clock)
 
 
 def check_limits(limits: Limits, vms: Sequence[object]) -> None:

@@ -32,6 +32,7 @@ class Flow:
 
     leaving: Counts
     arriving: Counts
+    leavers: frozenset[int] = frozenset()  # VMs that should be among those that leave, where it matters which
 
     @property
     def moves(self) -> int:
@@ -246,12 +247,14 @@ class Grouped:
         outcome: Outcome = self.program.solve(
             seconds, start=start, absolute_gap=self.exact_gap, threads=threads, seed=seed
         )
-        bound = outcome.bound if np.isfinite(outcome.bound) or outcome.infeasible else INFINITY
+        # A move inside one PM counts twice against a cap per PM here: good plans, but nothing is proven.
+        exact = self.limits.per_pm is None
+        bound = outcome.bound if exact and (np.isfinite(outcome.bound) or outcome.infeasible) else INFINITY
         if outcome.values is None:
-            return Result(None, -INFINITY, bound, False, outcome.infeasible)
+            return Result(None, -INFINITY, bound, False, outcome.infeasible and exact)
         chosen = self.hosts[0][outcome.values[self.hosts[1]] > 0.5]
         self.chosen_host = int(chosen[0]) if len(chosen) else None
-        return Result(self._flow(outcome.values), outcome.objective, bound, outcome.proven)
+        return Result(self._flow(outcome.values), outcome.objective, bound, outcome.proven and exact)
 
     def _flow(self, values: Floats) -> Flow:
         out = np.rint(values[self.out]).astype(np.int64)
@@ -294,7 +297,7 @@ class Grouped:
         return values
 
 
-def net_flow(leaving: Counts, arriving: Counts) -> Flow:
+def net_flow(leaving: Counts, arriving: Counts, leavers: frozenset[int] = frozenset()) -> Flow:
     """The flow without VMs of a group that leave a place to which others of the group come."""
     leaving, arriving = dict(leaving), dict(arriving)
     for key in set(leaving) & set(arriving):
@@ -303,15 +306,16 @@ def net_flow(leaving: Counts, arriving: Counts) -> Flow:
             counts[key] -= both
             if not counts[key]:
                 del counts[key]
-    return Flow(leaving, arriving)
+    return Flow(leaving, arriving, leavers)
 
 
 def flow_between(cluster: Cluster, before: Ints, after: Ints) -> Flow:
     """The flow that takes VM places `before` (V,) to `after` (V,)."""
     leaving: Counts = {}
     arriving: Counts = {}
-    for vm in np.flatnonzero(before != after).tolist():
+    moved = np.flatnonzero(before != after).tolist()
+    for vm in moved:
         group = int(cluster.vm_group[vm])
         for counts, place in ((leaving, int(before[vm])), (arriving, int(after[vm]))):
             counts[group, place] = counts.get((group, place), 0) + 1
-    return net_flow(leaving, arriving)
+    return net_flow(leaving, arriving, frozenset(moved))

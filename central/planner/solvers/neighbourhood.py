@@ -22,6 +22,7 @@ from central.planner.solvers.swap import look_ahead
 
 PMS = 8  # in a neighbourhood: some 60 VMs, a thousand binaries, solved in a tenth of a second
 MOST_SECONDS = 1.0  # for one neighbourhood
+LEAST_STEP_S = 0.02  # none is begun with less time than this left
 Score = Callable[[Walk], npt.NDArray[np.float64]]
 
 
@@ -50,7 +51,7 @@ def search(
     if not plain or problem.limits.max_bytes is not None or any(t.nodes > 1 for t in problem.objective.terms):
         return best
     weigh = score or fragments
-    while not deadline.over and not enough(best) and not best.reached():
+    while deadline.left_s > LEAST_STEP_S and not enough(best) and not best.reached():
         weight = weigh(best)
         size = min(PMS, int((weight > 0).sum()))
         if size < 2:

@@ -1,9 +1,9 @@
 """For one PM alone: the best pattern of arrivals and departures at given prices (numba).
 
-In `columns` every group of VMs has a price: a PM pays `price[g]` for each VM of group g it takes in, gets it for each
-it gives away, and pays `toll` for each arrival (the move). What remains is a small knapsack per PM over cores and units
-of memory: on each node the VMs that sit on one node leave some room (r cores, s units); the VMs spread over both nodes
-then take the same from both rooms; what is left is worth its slots.
+In `columns` VMs have prices: a PM pays `cost[g]` for each VM of group g it takes in, and has `income[g, k]` from the
+k-th that it gives away (never more than from the one before). What remains is a small knapsack per PM over cores and
+units of memory: on each node the VMs that sit on one node leave some room (r cores, s units); the VMs spread over both
+nodes then take the same from both rooms; what is left is worth its slots.
 
 Arrays are per PM with two node slots; a PM with one node has a second of size 0. Values are slots, prices likewise.
 With one level of memory (index 0 only) memory is left out of account.
@@ -19,7 +19,7 @@ compiled: Any = numba.njit(cache=True, nogil=True)
 
 
 @compiled
-def fill(table, item, outs, sizes, units, price, toll, room, room_units, top, top_units):  # type: ignore[no-untyped-def]
+def fill(table, item, outs, sizes, units, income, cost, room, room_units, top, top_units):  # type: ignore[no-untyped-def]
     """Dynamic program over the room one kind of VMs leaves; returns the number of stages.
 
     table[stage, r, s] is the best income if they leave r cores and s units; item[stage] is group + 1 for arrivals of
@@ -31,25 +31,25 @@ def fill(table, item, outs, sizes, units, price, toll, room, room_units, top, to
     stage = 0
     for g in range(sizes.shape[0]):
         size, unit = sizes[g], units[g]
-        for _ in range(outs[g]):
+        for k in range(outs[g]):
             stage += 1
             item[stage] = -(g + 1)
+            gain = income[g, min(k, income.shape[1] - 1)]
             for r in range(top + 1):
                 for s in range(top_units + 1):
                     best = table[stage - 1, r, s]
-                    if r >= size and s >= unit and table[stage - 1, r - size, s - unit] + price[g] > best:
-                        best = table[stage - 1, r - size, s - unit] + price[g]
+                    if r >= size and s >= unit and table[stage - 1, r - size, s - unit] + gain > best:
+                        best = table[stage - 1, r - size, s - unit] + gain
                     table[stage, r, s] = best
     for g in range(sizes.shape[0]):
         size, unit = sizes[g], units[g]
         stage += 1
         item[stage] = g + 1
-        cost = price[g] + toll
         for r in range(top, -1, -1):
             for s in range(top_units, -1, -1):
                 best = table[stage - 1, r, s]
-                if r + size <= top and s + unit <= top_units and table[stage, r + size, s + unit] - cost > best:
-                    best = table[stage, r + size, s + unit] - cost
+                if r + size <= top and s + unit <= top_units and table[stage, r + size, s + unit] - cost[g] > best:
+                    best = table[stage, r + size, s + unit] - cost[g]
                 table[stage, r, s] = best
     return stage
 
@@ -104,14 +104,15 @@ def price_all(pms, held, vms, groups, prices, terms, patterns):  # type: ignore[
             unit_mb.
         vms: outs (M, 2, A) and pair_outs (M, B): movable VMs of each one-node and two-node group.
         groups: sizes (A,), units (A,), pair_sizes (B,), pair_units (B,): what a VM takes per node.
-        prices: price (A,), pair_price (B,), toll.
+        prices: income (M, 2, A, K) from the first, second, ... VM that leaves (the last stands for all after it), cost
+            (A,) of an arrival; pair_income (M, B, K), pair_cost (B,).
         terms: cores, mem_mb, weights of one-node terms (T,), then of the two-node term cores, mem_mb, weight or 0.
         patterns: reduced value, gain, into node 0 (A), out of 0 (A), into 1, out of 1, pairs in (B), pairs out (B).
     """
     cap, cap_units, rest_mb, room, room_units, taken, taken_units, unit_mb = held
     outs, pair_outs = vms
     sizes, units, pair_sizes, pair_units = groups
-    price, pair_price, toll = prices
+    income, cost, pair_income, pair_cost = prices
     cores, mem_mb, weights, both_cores, both_mem_mb, both_weight = terms
     a, b = sizes.shape[0], pair_sizes.shape[0]
     most = 2 + a + b
@@ -136,8 +137,8 @@ def price_all(pms, held, vms, groups, prices, terms, patterns):  # type: ignore[
                         for t in range(cores.shape[0]):
                             total += weights[t] * slots(r, s * unit_mb + rest_mb[pm, k], cores[t], mem_mb[t])
                         worths[k, r, s] = total
-        n0 = fill(table0, item0, outs[pm, 0], sizes, units, price, toll, room[pm, 0], room_units[pm, 0], c0, u0)
-        n1 = fill(table1, item1, outs[pm, 1], sizes, units, price, toll, room[pm, 1], room_units[pm, 1], c1, u1)
+        n0 = fill(table0, item0, outs[pm, 0], sizes, units, income[pm, 0], cost, room[pm, 0], room_units[pm, 0], c0, u0)
+        n1 = fill(table1, item1, outs[pm, 1], sizes, units, income[pm, 1], cost, room[pm, 1], room_units[pm, 1], c1, u1)
         # Two-node VMs as a table over what they leave of a common room, so that one routine serves both.
         common, common_units = min(c0, c1), min(u0, u1)
         left, left_units = common - taken[pm], common_units - taken_units[pm]
@@ -147,8 +148,8 @@ def price_all(pms, held, vms, groups, prices, terms, patterns):  # type: ignore[
             pair_outs[pm],
             pair_sizes,
             pair_units,
-            pair_price,
-            toll,
+            pair_income[pm],
+            pair_cost,
             left,
             left_units,
             common,
@@ -170,8 +171,8 @@ def price_all(pms, held, vms, groups, prices, terms, patterns):  # type: ignore[
                 p, w = taken[pm], taken_units[pm]
             else:
                 p, w = (turn - 1) // (common_units + 1), (turn - 1) % (common_units + 1)
-            income = table2[n2, common - p, common_units - w]
-            if income + limit + most_both <= best + 1e-12 or income <= NOTHING / 2:
+            from_pairs = table2[n2, common - p, common_units - w]
+            if from_pairs + limit + most_both <= best + 1e-12 or from_pairs <= NOTHING / 2:
                 continue
             count = 0
             while True:
@@ -185,7 +186,7 @@ def price_all(pms, held, vms, groups, prices, terms, patterns):  # type: ignore[
                 top1 = best_room(table1, n1, worths[1], p, w, need, need1, c1, u1, at1)
                 if top1 <= NOTHING / 2:
                     break
-                value = income + top0 + top1 + count * both_weight
+                value = from_pairs + top0 + top1 + count * both_weight
                 if value > best + 1e-12:
                     best, q, v = value, p, w
                     r0, s0, r1, s1 = at0[0], at0[1], at1[0], at1[1]

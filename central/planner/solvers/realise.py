@@ -38,7 +38,7 @@ def realise(walk: Walk, flow: Flow, deadline: Deadline, seed: int, *, whole: boo
     best_net = walk.net()
     for extra in range(min(MOST_EXTRA, max(0, walk.budget.moves_left - flow.moves)) + 1):
         for attempt in range(TRIES):
-            complete, used = _attempt(walk, flow, extra, random if attempt else None)
+            complete, used = _attempt(walk, flow, extra, random if attempt else None, deadline)
             moves = [(vm, place) for _, (vm, _, place) in _tail(walk, base)]
             if complete and (whole or walk.value_needed is not None):
                 return Realised(True, used)
@@ -88,14 +88,16 @@ def _tail(walk: Walk, base: int) -> list[tuple[Step, tuple[int, int, int]]]:
     return list(zip(walk.steps[base:], walk.state.history[len(walk.state.history) - count :], strict=True))
 
 
-def _attempt(walk: Walk, flow: Flow, extra: int, random: np.random.Generator | None) -> tuple[bool, int]:
+def _attempt(
+    walk: Walk, flow: Flow, extra: int, random: np.random.Generator | None, deadline: Deadline
+) -> tuple[bool, int]:
     """One try; (whether all of the flow was done, extra moves used)."""
     leaving, arriving = dict(flow.leaving), dict(flow.arriving)
     used = 0
-    while arriving:
-        step = _next(walk, leaving, arriving, random)
+    while arriving and not deadline.over:
+        step = _next(walk, leaving, arriving, flow.leavers, random)
         if step is None:
-            step = _spare(walk, leaving, arriving, random) if used < extra else None
+            step = _spare(walk, leaving, arriving, flow.leavers, random) if used < extra else None
             if step is None:
                 return False, used
             used += 1
@@ -106,7 +108,7 @@ def _attempt(walk: Walk, flow: Flow, extra: int, random: np.random.Generator | N
             _less(arriving, (group, place))
         else:
             leaving[group, place] = leaving.get((group, place), 0) + 1
-    return True, used
+    return not arriving, used
 
 
 def _less(counts: Counts, key: tuple[int, int]) -> None:
@@ -116,7 +118,7 @@ def _less(counts: Counts, key: tuple[int, int]) -> None:
 
 
 def _next(
-    walk: Walk, leaving: Counts, arriving: Counts, random: np.random.Generator | None
+    walk: Walk, leaving: Counts, arriving: Counts, leavers: frozenset[int], random: np.random.Generator | None
 ) -> tuple[int, int, int, int] | None:
     """(group, source, place, VM) of a move that can be made now. Departures that others wait for go first."""
     by_group: dict[int, list[int]] = {}
@@ -135,7 +137,7 @@ def _next(
             urgent = int(walk.cluster.place_pm[source]) in waiting
             if fallback is not None and not urgent:
                 continue
-            vm = _vm(walk, group, source, place)
+            vm = _vm(walk, group, source, place, leavers)
             if vm is not None:
                 if urgent:
                     return group, source, place, vm
@@ -143,14 +145,14 @@ def _next(
     return fallback
 
 
-def _vm(walk: Walk, group: int, source: int, place: int) -> int | None:
-    """A VM of the group at `source` that may go to `place` now; one in few affinity sets if there is a choice."""
+def _vm(walk: Walk, group: int, source: int, place: int, leavers: frozenset[int]) -> int | None:
+    """A VM of the group at `source` that may go to `place` now; one the flow names, or in few affinity sets."""
     able = [vm for vm in walk.occupancy.at.get((group, source), ()) if walk.may(vm, place)]
-    return min(able, key=lambda vm: len(walk.cluster.vm_sets[vm])) if able else None
+    return min(able, key=lambda vm: (vm not in leavers, len(walk.cluster.vm_sets[vm]))) if able else None
 
 
 def _spare(
-    walk: Walk, leaving: Counts, arriving: Counts, random: np.random.Generator | None
+    walk: Walk, leaving: Counts, arriving: Counts, leavers: frozenset[int], random: np.random.Generator | None
 ) -> tuple[int, int, int, int] | None:
     """A move of a departing VM out of somebody's way, to a place nobody waits for."""
     waiting = {int(walk.cluster.place_pm[place]) for _, place in arriving}
@@ -163,7 +165,7 @@ def _spare(
         if random is not None:
             random.shuffle(free)
         for place in free[:50]:
-            vm = _vm(walk, group, source, place)
+            vm = _vm(walk, group, source, place, leavers)
             if vm is not None:
                 return group, source, place, vm
     return None

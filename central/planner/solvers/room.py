@@ -38,7 +38,7 @@ def make_room(problem: Problem, request: SlotTerm, deadline: Deadline, seed: int
             tail = "" if not excluded else f", or only on {len(excluded)} PMs where the moves cannot be put in order"
             raise FabricpilotError(
                 f"no plan of at most {limits.mnl} moves makes room for {request.label}"
-                f"{': proven' if limits.per_pm is None else ' under --cap-per-pm'}{tail}; raise --mnl or ask for less"
+                f": proven{tail}; raise --mnl or ask for less"
             )
         if result.flow is None:
             break

@@ -1,14 +1,25 @@
 """Small clusters by hand, and a way to build a problem in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
+import torch
 
 from central.planner.model.mapping import AntiAffinity, Mapping, NumaNode, PhysicalMachine, Share, VirtualMachine
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Limits, Problem
 
 Build = Callable[..., Mapping]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The policy on one thread: deterministic, and no threads that wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -48,3 +59,10 @@ def pose() -> Callable[..., Problem]:
         return Problem(mapping, parse_objective(objective), Limits(mnl, **limits))  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def ticking() -> Callable[[], float]:
+    """A clock that goes on by 5 ms whenever it is looked at, so that a test does not depend on the machine's speed."""
+    ticks = count()
+    return lambda: 0.005 * next(ticks)

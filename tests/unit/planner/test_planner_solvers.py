@@ -15,8 +15,10 @@ from central.planner.model.state import State, Valuation
 from central.planner.planning import make_plan, plan_by
 from central.planner.replan import replan
 from central.planner.solvers.batches import moves_of
-from central.planner.solvers.columns import Master, applies
+from central.planner.solvers.columns import Master
+from central.planner.solvers.greedy import Walk
 from central.planner.solvers.grouped import Grouped
+from central.planner.solvers.patterns import applies
 from central.planner.solvers.registry import SOLVERS
 from central.planner.solvers.room import make_room
 from fabricpilot.errors import FabricpilotError, UsageError
@@ -24,13 +26,16 @@ from fabricpilot.errors import FabricpilotError, UsageError
 
 @pytest.fixture(scope="module")
 def small():
-    return generate(replace(SHAPES["small"], affinity_sets=30, immovable_share=0.1, outage_pms=2, pms_per_rack=5), 1)
+    kind = replace(
+        SHAPES["small"], pms=20, vms=150, affinity_sets=15, immovable_share=0.1, outage_pms=2, pms_per_rack=5
+    )
+    return generate(kind, 1)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("objective", ["fr", "mixed", "multi", "fr-goal:0.3"])
-def test_plans_are_legal_and_no_worse(small, pose, name, objective):
-    plan = make_plan(pose(small, 12, objective), name, 1.0, seed=3)
+def test_plans_are_legal_and_no_worse(small, pose, ticking, name, objective):
+    plan = make_plan(pose(small, 12, objective), name, 0.5, seed=3, clock=ticking)
     assert plan.final.fragment_rate <= plan.initial.fragment_rate + 1e-12
     assert len(plan.moves) <= 12
     if plan.bound is not None:
@@ -38,16 +43,16 @@ def test_plans_are_legal_and_no_worse(small, pose, name, objective):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_limits_hold(small, pose, name):
+def test_limits_hold(small, pose, ticking, name):
     # The checker inside make_plan refuses any plan that breaks one of these.
-    limits = {"max_bytes": 200 * 2**30, "per_pm": 2, "per_tenant": 2, "fixed": frozenset(range(0, 300, 3))}
-    plan = make_plan(pose(small, 20, "fr", **limits), name, 1.5)
+    limits = {"max_bytes": 200 * 2**30, "per_pm": 2, "per_tenant": 2, "fixed": frozenset(range(0, 150, 3))}
+    plan = make_plan(pose(small, 20, "fr", **limits), name, 0.5, clock=ticking)
     assert plan.final.slots >= plan.initial.slots
 
 
 @pytest.mark.parametrize("name", ["greedy", "swap", "packing", "exact", "auto"])
 def test_same_seed_same_plan(small, pose, name):
-    one, two = (make_plan(pose(small, 8), name, 10.0, seed=5) for _ in range(2))
+    one, two = (make_plan(pose(small, 8), name, 60.0, seed=5) for _ in range(2))
     assert one.moves == two.moves
 
 
@@ -59,7 +64,7 @@ def test_both_exact_models_agree(shape, objective):
     cluster = Cluster(mapping)
     valuation = Valuation.of(parse_objective(objective), cluster)
     state, limits = State(cluster), Limits(6)
-    assert applies(cluster, valuation, limits)
+    assert applies(cluster, valuation)
     by_pm = Master(state, valuation, limits).solve(Deadline(20.0))
     whole = Grouped(state, valuation, limits).solve(20.0)
     assert whole.proven
@@ -117,7 +122,7 @@ def test_exact_is_the_optimum_by_brute_force(build, pose, seed):
     mapping = build([[20, 20]] * 3, vms)
     expected = brute(mapping, 2, parse_objective("fr"), {})
     for name in ("exact", "auto"):
-        plan = make_plan(pose(mapping, 2), name, 5.0)
+        plan = make_plan(pose(mapping, 2), name, 100.0)
         assert plan.final.fragment_rate == pytest.approx(expected)
         assert plan.gap == pytest.approx(0.0, abs=1e-6)
 
@@ -125,35 +130,35 @@ def test_exact_is_the_optimum_by_brute_force(build, pose, seed):
 def test_cycle_is_broken_through_a_spare_place(build, pose):
     # 8 and 4+4 must change places; both nodes are full, only pm2 has room to wait in.
     mapping = build([[24], [24], [9]], [(0, {0: 8}), (0, {0: 15}), (1, {0: 9}), (1, {0: 15})])
-    plan = make_plan(pose(mapping, 10), "exact", 5.0)
+    plan = make_plan(pose(mapping, 10), "exact", 100.0)
     assert checker.check(mapping, plan.moves, parse_objective("fr"), Limits(10)).violation is None
 
 
 def test_goal_takes_the_fewest_moves(pose):
     mapping = generate(SHAPES["small"], 2)
-    best = {mnl: make_plan(pose(mapping, mnl), "exact", 5.0) for mnl in (4, 5)}
+    best = {mnl: make_plan(pose(mapping, mnl), "exact", 100.0) for mnl in (4, 5)}
     assert all(plan.gap == pytest.approx(0.0, abs=1e-6) for plan in best.values())
     goal = best[5].final.fragment_rate + 1e-6
     assert best[4].final.fragment_rate > goal
-    plan = make_plan(pose(mapping, 20, f"fr-goal:{goal:.6f}"), "exact", 5.0)
+    plan = make_plan(pose(mapping, 20, f"fr-goal:{goal:.6f}"), "exact", 100.0)
     assert len(plan.moves) == 5
     with pytest.raises(UsageError, match="out of reach"):
-        make_plan(pose(mapping, 4, f"fr-goal:{goal:.6f}"), "exact", 5.0)
+        make_plan(pose(mapping, 4, f"fr-goal:{goal:.6f}"), "exact", 100.0)
 
 
-def test_affinity_is_kept_where_it_binds(build, pose):
+def test_affinity_is_kept_where_it_binds(build, pose, ticking):
     # vm0 would complete a slot on pm0 by leaving, but its twin sits on the only PM with room.
     apart = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})], [[0, 1]])
     free = build([[16], [8]], [(0, {0: 4}), (1, {0: 4})])
     for name in SOLVERS:
-        assert make_plan(pose(free, 1), name, 2.0).final.slots == 1
-        assert make_plan(pose(apart, 1), name, 0.5).final.slots == 0
+        assert make_plan(pose(free, 1), name, 0.5, clock=ticking).final.slots == 1
+        assert make_plan(pose(apart, 1), name, 0.5, clock=ticking).final.slots == 0
 
 
 def test_make_room(build, pose):
     mapping = build([[20, 20], [20, 20]], [(0, {0: 8}), (0, {1: 8}), (1, {0: 10}), (1, {1: 12})])
     request = parse_request("32c/64G/2numa")
-    plan = plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, request, d, s), 5.0, 0)
+    plan = plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, request, d, s), 100.0, 0)
     free = {(0, 0): 20, (0, 1): 20, (1, 0): 20, (1, 1): 20}
     at = [Place(vm.pm, tuple(share.node for share in vm.shares)) for vm in mapping.vms]
     for move in plan.moves:
@@ -163,12 +168,12 @@ def test_make_room(build, pose):
     assert any(free[pm, 0] >= 16 and free[pm, 1] >= 16 for pm in (0, 1))
     assert any("fewer" in note for note in plan.notes)
     with pytest.raises(FabricpilotError, match="proven"):
-        plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, parse_request("80c/2numa"), d, s), 5.0, 0)
+        plan_by(pose(mapping, 5), "make-room", lambda p, d, s: make_room(p, parse_request("80c/2numa"), d, s), 100.0, 0)
 
 
 def test_replan_keeps_what_holds(pose):
     mapping = generate(SHAPES["small"], 4)
-    plan = make_plan(pose(mapping, 10), "exact", 5.0)
+    plan = make_plan(pose(mapping, 10), "exact", 100.0)
     half = plan.moves[:5]
     vms = list(mapping.vms)
     for move in half:  # half of it was carried out
@@ -178,7 +183,7 @@ def test_replan_keeps_what_holds(pose):
     from central.planner.model.problem import Step
 
     wishes = [Step(move.vm, move.target) for move in plan.moves]
-    again = plan_by(pose(now, 5), "replan", lambda p, d, s: replan(p, wishes, 0, d, s), 5.0, 0)
+    again = plan_by(pose(now, 5), "replan", lambda p, d, s: replan(p, wishes, 0, d, s), 100.0, 0)
     assert again.final.slots >= plan.final.slots
     left = len(plan.moves) - 5
     assert f"5 moves of the earlier plan are done, {left} kept, 0 dropped" in again.notes[0]
@@ -188,7 +193,7 @@ def test_cost_of_copying_makes_moves_rarer(pose):
     mapping = generate(SHAPES["small"], 1)
     cheap = pose(mapping, 20)
     dear = replace(cheap, objective=replace(cheap.objective, cost_per_gb=0.1))
-    plans = [make_plan(problem, "exact", 5.0) for problem in (cheap, dear)]
+    plans = [make_plan(problem, "exact", 100.0) for problem in (cheap, dear)]
     copied = [sum(mapping.vms[move.vm].mem_mb for move in plan.moves) for plan in plans]
     assert 0 < copied[1] < copied[0]
 
@@ -208,3 +213,26 @@ def test_impossible_limits(build, limits):
     problem = Problem(mapping, parse_objective("fr"), Limits(**({"mnl": 1} | limits)))
     with pytest.raises(UsageError, match="expected 0 or more"):
         make_plan(problem, "greedy", 1.0)
+
+
+@pytest.mark.parametrize("limits", [{"max_bytes": 60 * 2**30}, {"per_tenant": 1}, {"cost": 0.05}])
+def test_the_decomposition_keeps_limits_exactly(pose, limits):
+    mapping = generate(replace(SHAPES["tiny"], pms=12, vms=90, tenants=6), 3)
+    cost = limits.pop("cost", 0.0)
+    problem = pose(mapping, 8, "fr", **limits)
+    walk = Walk(problem, Cluster(mapping))
+    by_pm = Master(walk.state, walk.valuation, problem.limits, walk.budget, cost).solve(Deadline(100.0))
+    grouped = Cluster(mapping, by_tenant="per_tenant" in limits)
+    whole = Grouped(State(grouped), walk.valuation, problem.limits, cost_per_gb=cost).solve(100.0)
+    assert whole.proven
+    assert whole.value - 1e-6 <= by_pm.bound
+    assert by_pm.value <= whole.bound + 1e-6
+    assert by_pm.value >= whole.value - 1.0
+
+
+def test_a_cap_per_pm_has_a_bound_now(pose):
+    mapping = generate(SHAPES["small"], 1)
+    plan = make_plan(pose(mapping, 12, per_pm=1), "exact", 100.0)
+    assert plan.bound is not None
+    free = make_plan(pose(mapping, 12), "exact", 100.0)
+    assert plan.bound == pytest.approx(free.final.fragment_rate)
