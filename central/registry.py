@@ -244,6 +244,7 @@ class Registry:
                     link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
                     outcome=self._outcome(same_levels, in_force, now_s),
                     sample=tuple(known.sample),
+                    visible_bytes=statistics.median(host.hello.visible_bytes for host in same_levels),
                 )
 
     def on_trial(self, summary: GroupSummary, now_s: float) -> GroupSummary | None:

@@ -71,6 +71,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     thresholds: ThresholdBytes
     version: Text
     routes: RouteNumbers = []  # what verdicts may choose from
+    visible_bytes: Count = 0  # what ranking sees of a flow beyond the bytes it has sent: its send buffer; 0: nothing
 
 
 class Report(Message, frozen=True, kw_only=True, tag="report"):

@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _NS_PER_S = 1_000_000_000
 _PAUSE_MS = 20  # between rounds of work on many interfaces
+_TCP_WMEM = Path("/proc/sys/net/ipv4/tcp_wmem")  # least, first and greatest send buffer
 
 
 class Agent:
@@ -145,6 +147,7 @@ class Agent:
             thresholds=list(self.settings.thresholds.bytes),
             version=__version__,
             routes=list(self.flow_control.routes) if self.flow_control is not None else [],
+            visible_bytes=self._visible_bytes(),
         )
 
     def report(self) -> None:
@@ -203,7 +206,7 @@ class Agent:
                 "backend": self.datapath.name,
                 "interfaces": self.roster.names if self.roster is not None else self.datapath.attached(),
                 "adopted": self.scheduled.adopted,
-                "mode": "backlog" if self.settings.use_backlog and self.datapath.sees_backlog() else "attained",
+                "mode": "backlog" if self._ranks_by_backlog() else "attained",
                 "thresholds": list(self.settings.thresholds.bytes),
                 "dscp": list(self.settings.dscp),
                 "active_flows": self._active,
@@ -260,6 +263,15 @@ class Agent:
         )
         self._last_report_ns, self._last_sent_bytes = now_ns, sent
         return message
+
+    def _ranks_by_backlog(self) -> bool:
+        return self.settings.use_backlog and self.datapath.sees_backlog()
+
+    def _visible_bytes(self) -> int:
+        """What ranking sees of a flow beyond the bytes it has sent: the send buffer that it begins with."""
+        if not self._ranks_by_backlog():
+            return 0
+        return self.config.datapath.send_buffer_bytes or int(_TCP_WMEM.read_text().split()[1])
 
     def _handle_policy(self, policy: Policy) -> None:
         if policy.epoch < self.epoch:

@@ -54,6 +54,8 @@ class GroupSummary:
         link_rate_bps: of the bottleneck: what the hosts share, or the median host's own link; 0: unknown.
         outcome: what flows experienced under `thresholds`; None before any finished.
         sample: the latest finished short flows, at most `SAMPLE_FLOWS`, oldest first.
+        visible_bytes: what hosts' ranking sees of a flow beyond the bytes it has sent (the send buffer); 0: they rank
+            by bytes sent alone. Of the median host.
     """
 
     group: str
@@ -66,6 +68,7 @@ class GroupSummary:
     link_rate_bps: float = 0.0
     outcome: Outcome | None = None
     sample: tuple[FlowSummary, ...] = ()
+    visible_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

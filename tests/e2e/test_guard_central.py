@@ -66,7 +66,7 @@ class Site:
         self.command = [
             *(FABRICPILOT, "central", "run", "--insecure", "--listen", "tcp://127.0.0.1:*"),
             *("--run-dir", folder / "run", "--state-dir", folder / "state", "--interval", "0.3"),
-            *("--scheme", "fixed", "--set", f"policy.thresholds={','.join(map(str, GOOD))}"),
+            *("--scheme", "mlfq", "--set", f"policy.thresholds={','.join(map(str, GOOD))}"),
             *("--learn", "on", "--set", f"policy.learner=learner_doubles:{learner}"),
             *(word for key, value in QUICK.items() for word in ("--set", f"guard.{key}={value}")),
             *arguments,
@@ -96,7 +96,8 @@ class Site:
     def until(self, condition, limit_s=90.0, turn=True):
         end = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < end, (self.folder / "log").read_text()[-3000:]
+            given_up = time.monotonic() > end or self.process.poll() is not None
+            assert not given_up, (self.folder / "log").read_text()[-3000:]
             for host in self.hosts if turn else ():
                 host.turn()
             time.sleep(0.05)
@@ -166,3 +167,13 @@ def test_what_was_learned_survives_a_restart(site):
     assert json.loads((here.folder / "state" / "guard.json").read_text())["groups"][0]["baseline"] == GOOD
     here.start()
     here.until(lambda: "goes on from" in (here.folder / "log").read_text(), turn=False)
+
+
+@pytest.mark.slow
+def test_the_shipped_learner_learns_from_hosts(site):
+    """OnlineSrla in its process: it learns, it proposes, and nothing breaks; hosts feel no difference in this world."""
+    here = site("Dutiful", "--set", "policy.learner=central.srla.online:OnlineSrla", "--set", "policy.min_flows=50")
+    here.until(lambda: here.status()["learner"].get("transitions", 0) >= 5 and here.settled(), limit_s=300)
+    told = here.status()
+    assert (told["learner"]["failures"], told["learner"]["restarts"]) == (0, 0)
+    assert told["groups"][0]["guard"]["trials"] + told["groups"][0]["guard"]["refused"] >= 1

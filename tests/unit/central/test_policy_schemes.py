@@ -59,6 +59,14 @@ def test_a_full_link_changes_nothing():
     assert OptimiserPolicy().decide(summary(load=0.95)).thresholds is not None  # better than none at all
 
 
+def test_the_optimiser_counts_what_send_buffers_show():
+    blind, seeing = summary(), summary(visible_bytes=2e6)
+    chosen = OptimiserPolicy().decide(seeing).thresholds
+    sizes = SizeDistribution.from_histogram(seeing.sizes, "web")
+    values = [evaluate(sizes, 0.7, t, visible_bytes=2e6) for t in (chosen, OptimiserPolicy().decide(blind).thresholds)]
+    assert values[0] < values[1]
+
+
 def test_too_few_flows_decide_nothing():
     decision = OptimiserPolicy(min_flows=200).decide(summary(flows=199.0))
     assert decision.thresholds is None

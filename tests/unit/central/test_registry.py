@@ -133,3 +133,10 @@ def test_the_rate_fades_with_the_window(registry, hello, report):
 def test_an_interval_of_zero(registry, hello, report):
     registry.hello("a", b"p", hello("a"), 0.0)
     assert registry.report("a", b"p", report("a", interval_ns=0), 0.0) is not None
+
+
+def test_what_ranking_sees_is_the_median_hosts(registry, hello):
+    for name, visible in (("a", 0), ("b", 10**6), ("c", 2**62)):
+        registry.hello(name, b"p", hello(name, visible_bytes=visible), 0.0)
+    (summary,) = registry.summaries(0.0)
+    assert summary.visible_bytes == 10**6

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ class Sent:
 
 def policy(epoch, thresholds=(2000, 30_000, 400_000), **changes):
     return Policy(**{"epoch": epoch, "thresholds": list(thresholds), "expiry_s": 60.0, **changes})
+
+
+@pytest.mark.parametrize(("buffer_bytes", "visible"), [(2_000_000, 2_000_000), (0, 65_536)])
+def test_central_is_told_what_ranking_sees(agent, monkeypatch, tmp_path, buffer_bytes, visible):
+    assert agent.hello().visible_bytes == 0  # it ranks by bytes sent
+    (tmp_path / "tcp_wmem").write_text("4096\t65536\t4194304\n")
+    monkeypatch.setattr("hostagent.agent._TCP_WMEM", tmp_path / "tcp_wmem")
+    monkeypatch.setattr(agent.datapath, "sees_backlog", lambda: True)
+    agent.settings = replace(agent.settings, use_backlog=True)
+    agent.config = load(AgentConfig, None, {"datapath.send_buffer_bytes": buffer_bytes}, {})
+    assert agent.hello().visible_bytes == visible
 
 
 def test_a_policy_reaches_the_data_path_and_a_lower_epoch_does_not(agent):
