@@ -57,7 +57,7 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     dscp_preset: DscpPreset = "class-selectors"  # CS<K> downwards; "802.1p": as switches map PCP to K queues
     observe: bool = False  # true: compute and report everything, change no packet and no queue
     # attained: level by bytes sent; backlog: by bytes written to a local TCP socket; auto: backlog where it can be had
-    mode: Literal["auto", "backlog", "attained"] = "attained"
+    mode: Literal["auto", "backlog", "attained"] = "auto"
     respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
     flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table

@@ -25,7 +25,7 @@ from testbed.netns.programs import Program, Programs
 from testbed.netns.star import DATA_PORT, Host, StarPlan
 
 CENTRAL_PORT = 5555
-_START_S = 30.0
+_START_S = 90.0  # four loaders at once on a busy machine take most of a minute
 _FABRICPILOT = (sys.executable, "-c", "from fabricpilot.cli import main; main()")  # this one, whatever is installed
 # The agent logs right after the kernel has the new thresholds; before that it waits for packets in flight.
 _APPLY_NS = 100_000_000

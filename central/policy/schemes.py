@@ -116,6 +116,12 @@ def _optimiser(section: PolicySection) -> ThresholdPolicy:
     return OptimiserPolicy(section.objective, section.min_flows, section.min_gain)
 
 
+def _srla(section: PolicySection) -> ThresholdPolicy:
+    from central.srla.policy import SrlaPolicy
+
+    return SrlaPolicy.load(min_flows=section.min_flows)
+
+
 _WRITTEN = "ranked by bytes written (docs/backlog.md), not by what remains, which costs real TCP more than it brings"
 
 SCHEMES: dict[str, Scheme] = {
@@ -160,6 +166,7 @@ SCHEMES: dict[str, Scheme] = {
         policy=_optimiser,
         adapts=True,
     ),
+    "srla": Scheme("mlfq with the thresholds of the trained sRLA (DDPG)", policy=_srla, adapts=True),
     "fabricpilot": Scheme(
         "as shipped: thresholds by the optimiser, flows ranked as datapath.mode is by default",
         rank="default",
