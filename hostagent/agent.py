@@ -39,6 +39,7 @@ from hostagent.roster import Roster
 log = logging.getLogger(__name__)
 
 _NS_PER_S = 1_000_000_000
+_FLOOD_QUIET_S = 60.0  # without a flood of new flows, after which one is told of again
 _PAUSE_MS = 20  # between rounds of work on many interfaces
 _TCP_WMEM = Path("/proc/sys/net/ipv4/tcp_wmem")  # least, first and greatest send buffer
 
@@ -71,7 +72,10 @@ class Agent:
         self._policy_expiry_s = float("inf")
         self._sequence = 0
         self._last_report_ns = time.monotonic_ns()
-        self._last_sent_bytes = sent_bytes(self.datapath.counters())
+        counters = self.datapath.counters()
+        self._last_sent_bytes = sent_bytes(counters)
+        self._over_share = counters.get("over_share", 0)
+        self._flooded_at_s = -_FLOOD_QUIET_S
         self._finished_before = self.datapath.finished_messages()
         self._read_s = 0.0
         self._read_at_ns = 0
@@ -159,6 +163,7 @@ class Agent:
         seen = observe(table, last_threshold, idle_timeout_s, self._read_at_ns, since)
         self._read_at_ns, self._finished_before = table.read_at_ns, finished
         counters = self.datapath.counters()
+        self._tell_of_a_flood(counters.get("over_share", 0))
         self._read_s = time.perf_counter() - begin
         self._active, self._long = seen.active, len(seen.long)
         if len(seen.leaving):
@@ -304,6 +309,17 @@ class Agent:
     def _tell_long_flows(self, flows: list[FlowSummary], ended: Sequence[FlowSummary] = ()) -> None:
         if self.link is not None and (flows or ended):
             self.link.send(LongFlows(host=self.name, flows=flows, ended=list(ended)))
+
+    def _tell_of_a_flood(self, over_share: int) -> None:
+        if over_share > self._over_share:
+            if time.monotonic() - self._flooded_at_s >= _FLOOD_QUIET_S:
+                log.warning(
+                    "a source begins more than %d flows/s (datapath.new_flows_per_s): those beyond are on the last "
+                    "level, and counted as over_share",
+                    self.config.datapath.new_flows_per_s,
+                )
+            self._flooded_at_s = time.monotonic()
+        self._over_share = over_share
 
     def _stale(self) -> bool:
         """Whether central has been silent for longer than its policy is meant to last. The policy is kept."""

@@ -142,3 +142,10 @@ def test_runs_until_sigterm_and_answers_status_meanwhile(agent, tmp_path):
 
 def test_sent_bytes_sums_levels_only():
     assert sent_bytes({"bytes_level_0": 3, "bytes_level_7": 4, "packets_level_0": 9, "untracked_vlan": 1}) == 7
+
+
+def test_a_flood_of_new_flows_is_told_of_once(agent, caplog):
+    for packets in (0, 7, 8, 8, 9):
+        agent.datapath._counted["over_share"] = packets
+        agent.report()
+    assert caplog.text.count("begins more than 20000 flows/s") == 1
