@@ -6,7 +6,9 @@
  *   source    local socket: its cgroup, as all applications of a host share its addresses
  *             forwarded: the address, and the interface that it came in by, with four times the share of one address:
  *             a virtual machine may forge its addresses, but not its tap
- *   share     a bucket per source, filled at settings->new_flows_per_s, that holds a second's worth
+ *   share     two buckets per source, each filled at settings->new_flows_per_s, that hold a second's worth: one for
+ *             flows that begin with payload, one for what has none, so that a flood of SYNs, or of a server's answers to
+ *             one, does not use up what its connections need (a local one refused at its SYN gets in with its data)
  *   beyond    no entry, and the last level: a flood then competes with long flows only. The flow's next packet asks
  *             again, so a real flow of such a source gets in sooner or later, and one-packet flows seldom do
  *
@@ -77,7 +79,7 @@ static __always_inline int admitted(struct __sk_buff *skb, const struct packet *
 	if (!begins_flow)
 		cost_ns /= ACKNOWLEDGEMENTS_PER_FLOW;
 	now_ns = bpf_ktime_get_coarse_ns();
-	source = seed();
+	source = mix(seed(), !packet->payload_bytes);
 	cgroup = skb->sk ? bpf_skb_cgroup_id(skb) : 0;
 	if (cgroup)
 		return draw(mix(mix(source, 1), cgroup), cost_ns, now_ns);

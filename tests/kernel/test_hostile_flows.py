@@ -147,6 +147,18 @@ def test_acknowledgements_without_a_flow_have_a_share_of_their_own(kernel_sender
     assert len(kernel_sender.datapath.flows()) == 0
 
 
+def test_a_flood_of_syns_costs_flows_with_data_nothing(kernel_sender):
+    kernel_sender.datapath.apply(replace(SETTINGS, new_flows_per_s=100))
+    flood = Flood(kernel_sender, build_frame(flow_key(destination_port=81), syn=True))
+    for _ in range(100):
+        flood.send(500)
+        if kernel_sender.datapath.counters()["over_share"]:
+            break
+    datagram = build_frame(flow_key(protocol=17, destination_port=9), 10)
+    assert [kernel_sender.run(_of_port(datagram, port)).dscp for port in range(50)] == [TOP] * 50
+    assert kernel_sender.datapath.counters()["over_share"] > 0
+
+
 def test_a_connection_that_starts_again_and_again_is_no_way_to_the_top(kernel_sender):
     """A SYN before each segment makes every one the first of a flow: each costs what a new flow does."""
     rate, syn, data = 50, syn_of(0), build_frame(flow_key(source_port=10_000), 1400, sequence=1)
