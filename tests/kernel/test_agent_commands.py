@@ -5,35 +5,31 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from agent_kit import FABRICPILOT, AgentHost, end, wait_for
 from datapath_kit import bpf_file_system, run
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.levels import Thresholds, default_dscp
 
-FABRICPILOT = str(Path(sys.executable).with_name("fabricpilot"))
 THRESHOLDS = Thresholds((10_000, 100_000, 1_000_000))
 DSCP = default_dscp(4)
 PORT = 5201
 STEP_BYTES = 1000  # below a segment, so that every write is one packet
 
 
-class Host:
+class Host(AgentHost):
     """A namespace with a NIC to schedule, another that receives, and the commands run in the first."""
 
     def __init__(self, name, peer, directory, pins):
-        self.name, self.peer = name, peer
-        self.options = ("--pin-dir", str(pins / "fabricpilot"), "--set", f"host.run_dir={directory}", "-i", "nic")
         # What these tests send is one message by bytes sent, whatever pauses a busy machine makes in it.
-        self.options += ("--set", "datapath.mode=attained", "--set", "datapath.message_gap_us=60000000")
-        self.options += ("--set", "datapath.blind_message_gap_ms=600000", "--set", "datapath.starved_ms=0")
-        self.log = (directory / "agent.log").open("w")
-        self.started = []
+        message = "mode=attained", "message_gap_us=60000000", "blind_message_gap_ms=600000", "starved_ms=0"
+        options = [option for setting in message for option in ("--set", f"datapath.{setting}")]
+        super().__init__(name, directory, "--pin-dir", str(pins / "fabricpilot"), "-i", "nic", *options)
+        self.peer = peer
         with IPRoute(netns=name) as ipr:
             ipr.link("add", ifname="nic", kind="veth", peer={"ifname": "nic", "net_ns_fd": peer})
         for namespace, address in ((name, "10.9.1.1"), (peer, "10.9.1.2")):
@@ -42,34 +38,6 @@ class Host:
                 ipr.addr("add", index=index, address=address, prefixlen=24)
                 ipr.link("set", index=index, state="up")
                 ipr.link("set", index=ipr.link_lookup(ifname="lo")[0], state="up")
-
-    def command(self, *arguments):
-        return ["nsenter", f"--net=/run/netns/{self.name}", FABRICPILOT, *arguments]
-
-    def agent(self, what, *arguments, **options):
-        """Run `agent <what>` to its end."""
-        return subprocess.run(
-            self.command("agent", what, *self.options, *arguments),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            **options,
-        )
-
-    def start(self, *arguments):
-        """Start `agent run` and wait until it answers."""
-        process = subprocess.Popen(
-            self.command("agent", "run", *self.options, "--link-rate", "1Gbit", *arguments),
-            stdout=self.log,
-            stderr=self.log,
-        )
-        self.started.append(process)
-        wait_for(lambda: self.status()["agent"] == "running", process)
-        return process
-
-    def status(self):
-        return json.loads(self.agent("status", "--json").stdout)
 
     def state(self):
         """What tc and links look like, without counters."""
@@ -90,27 +58,7 @@ def host(make_netns, tmp_path):
     with bpf_file_system(tmp_path / "bpf") as pins:
         made = Host(make_netns("host"), make_netns("peer"), tmp_path, pins)
         yield made
-        for process in made.started:  # those a failed test left behind
-            if process.poll() is None:
-                kill(process)
-        made.agent("detach")
-        made.log.close()
-
-
-def wait_for(condition, process=None, seconds=20.0):
-    """Wait until `condition()` is true, at most `seconds`; fails at once if `process` has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        assert process is None or process.poll() is None, f"ended with {process.returncode}"
-        time.sleep(0.05)
-    pytest.fail("waited in vain")
-
-
-def kill(process):
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=10)
+        made.close()
 
 
 class Wire(threading.Thread):
@@ -195,7 +143,7 @@ def test_a_killed_agent_leaves_tagging_going_and_the_next_one_adopts(host):
     first = host.start("--thresholds", ",".join(map(str, THRESHOLDS.bytes)))
     wire, flow = Wire(host), Flow(host)
     flow.until(50_000)
-    kill(first)
+    end(first, signal.SIGKILL)
     flow.until(flow.sent + 100_000)  # passes the second threshold with no agent there
     assert host.status()["agent"] == "not running"
     second = host.start()
@@ -209,8 +157,7 @@ def test_a_killed_agent_leaves_tagging_going_and_the_next_one_adopts(host):
     assert listed["size_bytes"] >= 1_100_000 - STEP_BYTES  # nothing was forgotten on the way
     assert assert_every_packet_right(wire.seen) >= flow.sent  # a retransmission passes the wire again
     assert {dscp for dscp, _ in wire.seen} == set(DSCP)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(timeout=10) == 0
+    assert end(second, signal.SIGTERM) == 0
     assert host.status()["datapath"]["interfaces"] == ["nic"]
 
 
@@ -234,7 +181,7 @@ def test_central_killed_changes_nothing_for_traffic_and_the_agent_rejoins(host, 
         wait_for(lambda: host.status()["policy"]["epoch"] > 0, agent)
         wire, flow = Wire(host), Flow(host)
         flow.until(20_000)
-        kill(central)
+        end(central, signal.SIGKILL)
         begin = time.monotonic()
         wait_for(lambda: not host.status()["link"]["connected"], agent)
         time.sleep(max(0.0, begin + outage_s - time.monotonic()))
@@ -245,10 +192,9 @@ def test_central_killed_changes_nothing_for_traffic_and_the_agent_rejoins(host, 
         flow.close()
         wire.close()
         assert assert_every_packet_right(wire.seen) >= flow.sent  # a retransmission passes the wire again
-        agent.send_signal(signal.SIGINT)
-        assert agent.wait(timeout=10) == 0
+        assert end(agent, signal.SIGINT) == 0
     finally:
-        kill(central)
+        end(central, signal.SIGKILL)
 
 
 def test_detach_puts_everything_back(host):
@@ -258,8 +204,7 @@ def test_detach_puts_everything_back(host):
     refused = host.agent("detach")
     assert refused.returncode == 1
     assert f"pid {host.status()['pid']}" in refused.stderr
-    agent.send_signal(signal.SIGTERM)
-    assert agent.wait(timeout=10) == 0
+    assert end(agent, signal.SIGTERM) == 0
     assert "nic" in host.agent("detach", "--dry-run").stdout
     assert host.state() != before
     assert host.agent("detach").returncode == 0
@@ -270,8 +215,7 @@ def test_detach_puts_everything_back(host):
 def test_detach_on_exit(host):
     before = host.state()
     agent = host.start("--detach-on-exit")
-    agent.send_signal(signal.SIGINT)
-    assert agent.wait(timeout=10) == 0
+    assert end(agent, signal.SIGINT) == 0
     assert host.state() == before
 
 

@@ -6,19 +6,17 @@ import re
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from agent_kit import FABRICPILOT, AgentHost, end, wait_for
 from datapath_kit import in_netns, run
 from nft_kit import NIC, REFUSE_BPF, wire_up
 
 from fabricpilot.levels import Thresholds, default_dscp
 
-FABRICPILOT = str(Path(sys.executable).with_name("fabricpilot"))
 THRESHOLDS = Thresholds((20_000, 200_000, 1_000_000))
 DSCP = default_dscp(4)
 OURS, THEIRS, PORT = "192.0.2.1", "192.0.2.2", 5201
@@ -28,30 +26,14 @@ STEP_BYTES = 1000
 TOLERANCE_BYTES, TOLERANCE = 2 * 1500, 0.02
 
 
-class Host:
+class Host(AgentHost):
     """A namespace whose NIC is scheduled, a peer, and commands run in the first."""
 
     def __init__(self, name, peer, directory):
-        self.name, self.peer = name, peer
-        self.options = ("--set", f"host.run_dir={directory}", "--pin-dir", str(directory / "pins"), "-i", NIC)
-        self.log = (directory / "agent.log").open("w")
+        super().__init__(name, directory, "--pin-dir", str(directory / "pins"), "-i", NIC)
+        self.peer = peer
         wire_up(name, peer)
         run("ip", "link", "set", NIC, "arp", "on", netns=name)
-
-    def command(self, what, *arguments, program=(FABRICPILOT,)):
-        return ["nsenter", f"--net=/run/netns/{self.name}", *program, "agent", what, *self.options, *arguments]
-
-    def agent(self, what, *arguments):
-        return subprocess.run(self.command(what, *arguments), capture_output=True, text=True, check=False, timeout=60)
-
-    def start(self, *arguments, program=(FABRICPILOT,)):
-        command = self.command("run", "--link-rate", "1Gbit", *arguments, program=program)
-        process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        wait_for(lambda: self.status()["agent"] == "running", process)
-        return process
-
-    def status(self):
-        return json.loads(self.agent("status", "--backend", "nftables", "--json").stdout)
 
     def state(self):
         sysctls = ("net.netfilter.nf_conntrack_acct", "net.netfilter.nf_conntrack_timestamp")
@@ -67,18 +49,7 @@ class Host:
 def host(make_netns, tmp_path):
     made = Host(make_netns("host"), make_netns("peer"), tmp_path)
     yield made
-    made.agent("detach", "--backend", "nftables")
-    made.log.close()
-
-
-def wait_for(condition, process=None, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        assert process is None or process.poll() is None, f"ended with {process.returncode}"
-        time.sleep(0.05)
-    pytest.fail("waited in vain")
+    made.close()
 
 
 @contextlib.contextmanager
@@ -149,8 +120,7 @@ def test_levels_by_attained_bytes_and_a_killed_agents_data_path_is_adopted(host)
     first = host.start("--backend", "nftables", "--thresholds", thresholds)
     with flow_on_the_wire(host) as (sent, seen):
         wait_for(lambda: sent[0] >= 100_000)
-        first.send_signal(signal.SIGKILL)
-        first.wait(timeout=10)
+        end(first, signal.SIGKILL)
         wait_for(lambda: sent[0] >= 400_000)  # passes the second threshold with no agent there
         assert host.status()["agent"] == "not running"
         second = host.start("--backend", "nftables")
@@ -162,8 +132,7 @@ def test_levels_by_attained_bytes_and_a_killed_agents_data_path_is_adopted(host)
         assert listed["size_bytes"] >= 1_300_000 - STEP_BYTES  # counted on while no agent was there
         assert listed["level"] == 3
     assert assert_levels_begin_where_they_should(seen) >= sent[0]
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(timeout=10) == 0
+    assert end(second) == 0
     assert host.state() != before
     # Without --backend: `auto` finds what is attached.
     assert "nftables data path removed" in host.agent("detach").stdout
@@ -179,15 +148,13 @@ def test_packets_take_the_queue_of_their_level(host):
     assert len(packets) == 4
     # 20, 180 and 800 packets on the first three, acknowledgements beside them, the rest on the last.
     assert all(count >= least for count, least in zip(packets, (20, 170, 750, 250), strict=True)), packets
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=10)
+    end(process)
 
 
-def test_run_says_that_auto_fell_back(host, tmp_path):
+def test_run_says_that_auto_fell_back(host):
     code = f"{REFUSE_BPF}\nimport os, sys\nos.execv({FABRICPILOT!r}, [{FABRICPILOT!r}, *sys.argv[1:]])"
     process = host.start(program=(sys.executable, "-c", code))
     assert host.status()["datapath"]["backend"] == "nftables"
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=10)
-    log = (tmp_path / "agent.log").read_text()
+    end(process)
+    log = host.log_path.read_text()
     assert "bpf(2) is refused (lockdown, a seccomp filter, or no CAP_BPF): the nftables data path is used" in log
