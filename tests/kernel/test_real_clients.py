@@ -21,6 +21,7 @@ import pytest
 from datapath_kit import in_netns, run
 from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, captured
 
+from fabricpilot.levels import Thresholds
 from hostagent.datapath.base import MessageRule
 from testbed.capture.oracle import InForce, Verdict, check
 from testbed.capture.packets import read_packets
@@ -30,6 +31,7 @@ SERVER, CLIENT = ADDRESSES[4]
 HTTP_PORT, REDIS_PORT = 8080, 6379
 FILES = {"small": 2_000, "medium": 120_000, "large": 900_000}
 RING_PACKETS = 60_000
+LOW = replace(SETTINGS, thresholds=Thresholds((5_000, 30_000, 100_000)))  # one medium file goes through all levels
 
 
 def need(*tools: str) -> None:
@@ -93,6 +95,7 @@ def judged(host: Host, directory: Path) -> Iterator[Verdict]:
     with in_netns(host.sender):
         run("ip", "link", "set", "nic0", "gso_max_segs", "1")
         run("tc", "qdisc", "replace", "dev", "nic0", "root", "tbf", "rate", "60mbit", "burst", "20k", "limit", "20m")
+    host.datapath.apply(LOW)
     ring = RingCapture(host.receiver, ("lo",), RING_PACKETS)
     verdict = Verdict()
     yield verdict
@@ -101,17 +104,17 @@ def judged(host: Host, directory: Path) -> Iterator[Verdict]:
     missed = ring.missed
     ring.close()
     packets = [seen for seen in read_packets(directory / "capture.pcap") if seen.flow.source == SERVER]
-    found = check(packets, {SERVER: [InForce(0, 0, SETTINGS.thresholds)]}, SETTINGS.dscp)
+    found = check(packets, {SERVER: [InForce(0, 0, LOW.thresholds)]}, LOW.dscp)
     vars(verdict).update(vars(found))
     assert missed == 0, "the capture lost packets: the test can say nothing"
 
 
-def assert_all_right(verdict: Verdict, *levels: int) -> None:
-    """Every packet was checked and right, and each of these levels was in use."""
+def assert_all_right(verdict: Verdict) -> None:
+    """Every packet was checked and right, and every level was in use."""
     assert verdict.wrong == []
-    assert verdict.correct == verdict.checked > 1000
+    assert verdict.correct == verdict.checked > 500
     assert verdict.incomplete_flows == verdict.skipped_flows == 0
-    assert {SETTINGS.dscp[level] for level in levels} <= set(verdict.by_dscp)
+    assert set(verdict.by_dscp) == set(LOW.dscp)
 
 
 def wrk(host: Host, name: str) -> float:
@@ -135,7 +138,7 @@ def test_nginx_with_wrk(host, tmp_path):
         print(f"nginx, 120 KB a request: {after:.0f}/s scheduled, {before:.0f}/s without, ratio {after / before:.2f}")
         with judged(host, tmp_path) as verdict:
             wrk(host, "medium")
-    assert_all_right(verdict, 0, 1, 2)
+    assert_all_right(verdict)
 
 
 def redis_benchmark(host: Host, requests: int) -> float:
@@ -157,7 +160,7 @@ def test_redis_benchmark(host, tmp_path):
         print(f"redis, 4 KB a GET: {after:.0f}/s scheduled, {before:.0f}/s without, ratio {after / before:.2f}")
         with judged(host, tmp_path) as verdict:
             redis_benchmark(host, 2_000)
-    assert_all_right(verdict, 0, 1, 2)
+    assert_all_right(verdict)
 
 
 def test_each_response_of_a_keep_alive_connection_begins_at_the_top(host, tmp_path):
