@@ -188,6 +188,13 @@ def test_what_a_data_path_cannot_do_is_refused_with_its_name(monkeypatch):
     backends.open_datapath(DatapathSection(backend="fake", flow_entries=4097)).close()
 
 
+def test_a_share_of_new_flows_is_refused_only_if_it_was_asked_for():
+    """It has a default, which data paths without shares pass over."""
+    backends.open_datapath(DatapathSection(backend="fake")).close()
+    with pytest.raises(UsageError, match=r"new_flows_per_s = 1000 needs share"):
+        backends.open_datapath(DatapathSection(backend="fake", new_flows_per_s=1000))
+
+
 def test_auto_goes_without_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_NEEDS", (("flow_entries", 4096, "adopt"),))
     monkeypatch.setattr(backends, "_choose", lambda section: "fake")
