@@ -3,7 +3,8 @@
 Named tuples of numpy arrays: compiled code reads and writes them in place, and Python sees the result without a copy.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -84,3 +85,33 @@ class Finished(NamedTuple):
             host=np.zeros(flows, np.int64),
             destination=np.zeros(flows, np.int64),
         )
+
+
+def zeros(kind: Any, entries: int, **others: npt.NDArray[Any]) -> Any:
+    """A named tuple `kind` of arrays with `entries` zeros each, `others` as given; types follow its annotations."""
+    types = {Floats: np.float64, Ints: np.int64}
+    hints = kind.__annotations__
+    return kind(**others, **{name: np.zeros(entries, types[hints[name]]) for name in hints if name not in others})
+
+
+def all_free(slots: int) -> Ints:
+    """The stack of free slots before any is taken: the lowest number on top."""
+    return np.arange(slots - 1, -1, -1, dtype=np.int64)
+
+
+def doubled(state: Any, per_slot: Iterable[str], empty: Mapping[str, int] | None = None) -> Any:
+    """The same state with room for twice as many flows.
+
+    The arrays `per_slot` are continued with zeros or what `empty` says. Where the state has a stack `free`, the new
+    slots go on it.
+    """
+    empty = empty or {}
+    longer = {
+        name: np.concatenate([array, np.full_like(array, empty.get(name, 0))])
+        for name, array in ((name, getattr(state, name)) for name in per_slot)
+    }
+    if "free" in state._fields:
+        slots, kept = len(state.free), int(state.counters[FREE])
+        longer["free"] = np.concatenate([state.free[:kept], slots + all_free(slots), np.zeros(slots - kept, np.int64)])
+        state.counters[FREE] = kept + slots
+    return state._replace(**longer)

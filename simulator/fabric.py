@@ -29,6 +29,9 @@ from simulator.arrays import (
     Ints,
     Paths,
     Rule,
+    all_free,
+    doubled,
+    zeros,
 )
 from simulator.compiled import compiled, inner
 from simulator.rank import place, standing
@@ -66,31 +69,15 @@ class Fabric(NamedTuple):
     @classmethod
     def idle(cls, slots: int) -> "Fabric":
         """No flows, room for `slots`."""
-        state = cls._make(
-            [np.zeros(slots) for _ in range(7)]
-            + [np.zeros(slots, np.int64) for _ in range(4)]
-            + [np.full(slots, -1, np.int64) for _ in range(2)]
-            + [np.zeros(slots, np.int64) for _ in range(2)]
-            + [np.zeros(slots), np.arange(slots - 1, -1, -1, dtype=np.int64), np.zeros(1), np.zeros(8, np.int64)]
-        )
+        state: Fabric = zeros(cls, slots, free=all_free(slots), now=np.zeros(1), counters=np.zeros(8, np.int64))
+        state.flow[:] = state.at[:] = -1
         state.counters[FREE] = slots
         return state
 
     def grown(self) -> "Fabric":
         """The same state with room for twice as many active flows."""
-        slots = len(self.heap)
-        per_slot = {name: np.concatenate([a, np.zeros_like(a)]) for name, a in zip(_PER_SLOT, self, strict=False)}
-        per_slot["flow"][slots:] = -1
-        per_slot["at"][slots:] = -1
-        free = np.zeros(2 * slots, np.int64)
-        kept = int(self.counters[FREE])
-        free[:kept] = self.free[:kept]
-        free[kept : kept + slots] = np.arange(2 * slots - 1, slots - 1, -1)
-        self.counters[FREE] = kept + slots
-        return self._replace(**per_slot, free=free)
-
-
-_PER_SLOT = Fabric._fields[:16]
+        larger: Fabric = doubled(self, self._fields[: self._fields.index("free")], {"flow": -1, "at": -1})
+        return larger
 
 
 @inner

@@ -1,11 +1,15 @@
 """The same flows at packet level in ns-3, to check the model against: DCTCP on a star, one receiver.
 
+With thresholds every port has strict priority bands, each with its own ECN marking, and a packet's band is found from
+the bytes its flow sent before it (its TCP sequence number): what PIAS's hosts and switches do together.
+
 Needs the optional PyPI wheel `ns3` (GPL-2.0; it compiles its bindings while it runs, so the first call takes a minute).
-ns-3 keeps global state: one run per process. Each flow is a new connection, so its handshake counts.
+Each flow is a new connection, so its handshake counts.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +37,12 @@ class PacketRun:
     cpu_s: float
 
 
-def run_dctcp(trace: Trace, rate_bps: float, delay_s: float, drain_s: float = 10.0) -> PacketRun:
+def run_dctcp(
+    trace: Trace, rate_bps: float, delay_s: float, thresholds: Sequence[int] = (), drain_s: float = 10.0
+) -> PacketRun:
     """Run a trace whose flows all go to host 0, over links of `rate_bps` and `delay_s` each way.
+
+    `thresholds` are bytes, ascending, between priority bands; none for one queue.
 
     Raises:
         FabricpilotError: ns3 is not installed.
@@ -48,7 +56,7 @@ def run_dctcp(trace: Trace, rate_bps: float, delay_s: float, drain_s: float = 10
         raise UsageError(f"give at most {_MOST_FLOWS} flows, all to host 0")
     _defaults(ns)
     hosts = int(trace.source.max()) + 1
-    nodes, receiver = _star(ns, hosts, rate_bps, delay_s)
+    nodes, receiver = _star(ns, hosts, rate_bps, delay_s, thresholds)
     applications = []  # ns-3 does not keep them alive for Python
     for flow, (start_s, size, source) in enumerate(zip(trace.start_s, trace.size_bytes, trace.source, strict=True)):
         port = _FIRST_PORT + flow
@@ -71,11 +79,13 @@ def run_dctcp(trace: Trace, rate_bps: float, delay_s: float, drain_s: float = 10
         flow = int(port) - _FIRST_PORT
         if 0 <= flow < len(trace):
             fct_s[flow] = last_s - first_s
+    ns.Simulator.Destroy()
+    ns.Ipv4AddressGenerator.Reset()
     return PacketRun(fct_s, cpu_s)
 
 
-def same_physics(rate_bps: float, delay_s: float) -> tuple[Physics, Scheme]:
-    """Constants and fair sharing of our model for what `run_dctcp` simulates: known beforehand, not fitted."""
+def same_physics(rate_bps: float, delay_s: float, thresholds: Sequence[int] = ()) -> tuple[Physics, Scheme]:
+    """Constants and scheme of our model for what `run_dctcp` simulates: known beforehand, not fitted."""
     packet_s = _WIRE_BYTES * 8 / rate_bps
     rtt_s = 4 * delay_s + 4 * packet_s  # two links each way, stored and forwarded
     physics = Physics(
@@ -85,7 +95,9 @@ def same_physics(rate_bps: float, delay_s: float) -> tuple[Physics, Scheme]:
         initial_window=INITIAL_WINDOW,
         window_growth=2.0,
     )
-    return physics, Scheme("fair", queue_bytes=float(MARKING_PACKETS * physics.segment_bytes))
+    standing_bytes = float(MARKING_PACKETS * physics.segment_bytes)
+    given = tuple(map(float, thresholds))
+    return physics, Scheme("mlfq" if given else "fair", thresholds=given, queue_bytes=standing_bytes)
 
 
 def _defaults(ns: Any) -> None:
@@ -108,7 +120,7 @@ def _defaults(ns: Any) -> None:
         ns.Config.SetDefault(name, value)
 
 
-def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float) -> tuple[Any, Any]:
+def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float, thresholds: Sequence[int]) -> tuple[Any, Any]:
     """Hosts around a switch: all nodes (the switch is the last), and the address of host 0."""
     nodes = ns.NodeContainer()
     nodes.Create(hosts + 1)
@@ -117,14 +129,21 @@ def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float) -> tuple[Any, An
     links.SetDeviceAttribute("DataRate", ns.StringValue(f"{round(rate_bps)}bps"))
     links.SetChannelAttribute("Delay", ns.StringValue(f"{round(delay_s * 1e9)}ns"))
     queues = ns.TrafficControlHelper()
-    queues.SetRootQueueDisc("ns3::RedQueueDisc")
+    if thresholds:
+        root = queues.SetRootQueueDisc("ns3::PrioQueueDisc")
+        bands = queues.AddQueueDiscClasses(root, len(thresholds) + 1, "ns3::QueueDiscClass")
+        queues.AddChildQueueDiscs(root, bands, "ns3::RedQueueDisc")
+    else:
+        queues.SetRootQueueDisc("ns3::RedQueueDisc")
     addresses, receiver = ns.Ipv4AddressHelper(), None
     for host in range(hosts):
         pair = ns.NodeContainer()
         pair.Add(nodes.Get(host))
         pair.Add(nodes.Get(hosts))
         devices = links.Install(pair)
-        queues.Install(devices)
+        ports = queues.Install(devices)
+        if thresholds:
+            _rank_by_bytes_sent(ns, ports, thresholds)
         addresses.SetBase(ns.Ipv4Address(f"10.{host // 256 + 1}.{host % 256}.0"), ns.Ipv4Mask("255.255.255.0"))
         interfaces = addresses.Assign(devices)
         receiver = interfaces.GetAddress(0) if host == 0 else receiver
@@ -134,7 +153,19 @@ def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float) -> tuple[Any, An
 
 def _flow_times(ns: Any, monitor: Any, classifier: Any) -> Any:
     """(destination port, first sent, last received) of every flow the monitor saw."""
-    ns.cppyy.cppdef("""
+    if not hasattr(ns.cppyy.gbl, "fabricpilotFlowTimes"):
+        ns.cppyy.cppdef(_FLOW_TIMES)
+    return ns.cppyy.gbl.fabricpilotFlowTimes(monitor, classifier)
+
+
+def _rank_by_bytes_sent(ns: Any, ports: Any, thresholds: Sequence[int]) -> None:
+    """Give these ports the filter that puts a packet into the band of the bytes its flow sent before it."""
+    if not hasattr(ns.cppyy.gbl, "fabricpilotRank"):
+        ns.cppyy.cppdef(_RANKING)
+    ns.cppyy.gbl.fabricpilotRank(ports, ns.cppyy.gbl.std.vector["double"](list(map(float, thresholds))))
+
+
+_FLOW_TIMES = """
     #include "ns3/flow-monitor.h"
     #include "ns3/ipv4-flow-classifier.h"
     std::vector<std::array<double, 3>> fabricpilotFlowTimes(
@@ -145,5 +176,27 @@ def _flow_times(ns: Any, monitor: Any, classifier: Any) -> Any:
         times.push_back({double(flows->FindFlow(id).destinationPort), seen.timeFirstTxPacket.GetSeconds(),
                          seen.timeLastRxPacket.GetSeconds()});
       return times;
-    }""")
-    return ns.cppyy.gbl.fabricpilotFlowTimes(monitor, classifier)
+    }"""
+
+_RANKING = """
+    #include "ns3/ipv4-packet-filter.h"
+    #include "ns3/queue-disc-container.h"
+    #include "ns3/tcp-header.h"
+    class FabricpilotBand : public ns3::Ipv4PacketFilter {
+     public:
+      explicit FabricpilotBand(std::vector<double> thresholds) : m_thresholds(thresholds) {}
+     private:
+      int32_t DoClassify(ns3::Ptr<ns3::QueueDiscItem> item) const override {
+        ns3::TcpHeader tcp;
+        item->GetPacket()->PeekHeader(tcp);
+        const double sent = double(tcp.GetSequenceNumber().GetValue()) - 1;  // the handshake takes number 0
+        int32_t band = 0;
+        for (double threshold : m_thresholds) band += sent >= threshold;
+        return band;
+      }
+      std::vector<double> m_thresholds;
+    };
+    void fabricpilotRank(ns3::QueueDiscContainer ports, std::vector<double> thresholds) {
+      for (uint32_t i = 0; i < ports.GetN(); ++i)
+        ports.Get(i)->AddPacketFilter(ns3::CreateObject<FabricpilotBand>(thresholds));
+    }"""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simulator.arrays import HOP_BITS, HOPS, Floats, Ints, Paths
+from simulator.arrays import HOP_BITS, HOPS, Floats, Ints, Paths, doubled
 from simulator.compiled import inner
 
 TOLERANCE = 1e-9  # relative change of a fair share that is not followed up; far above rounding, far below notice
@@ -81,13 +81,9 @@ class Sharing(NamedTuple):
 
     def grown(self) -> "Sharing":
         """The same with room for twice as many flows."""
-
-        def doubled(name: str) -> np.ndarray:
-            array = getattr(self, name)
-            return np.concatenate([array, np.zeros_like(array)])
-
-        slots = ("path", "rate", "level", "previous", "next", "is_touched", "touched", "limit")
-        return self._replace(**{name: doubled(name) for name in slots})
+        per_slot = ("path", "rate", "level", "previous", "next", "is_touched", "touched", "limit")
+        larger: Sharing = doubled(self, per_slot)
+        return larger
 
 
 @inner

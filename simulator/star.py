@@ -30,6 +30,9 @@ from simulator.arrays import (
     Floats,
     Ints,
     Rule,
+    all_free,
+    doubled,
+    zeros,
 )
 from simulator.compiled import compiled, inner
 from simulator.rank import place, standing
@@ -68,28 +71,23 @@ class Star(NamedTuple):
     @classmethod
     def idle(cls, levels: int, capacity: int) -> "Star":
         """An idle link with `levels` levels and room for `capacity` active flows."""
-        state = cls._make(
-            [np.zeros(capacity) for _ in range(6)]
-            + [np.zeros(capacity, np.int64) for _ in range(7)]
-            + [np.arange(capacity - 1, -1, -1, dtype=np.int64)]
-            + [np.zeros(levels), np.zeros(levels), np.zeros(levels, np.int64), np.zeros(1), np.zeros(8, np.int64)]
+        state: Star = zeros(
+            cls,
+            capacity,
+            free=all_free(capacity),
+            clock=np.zeros(levels),
+            owed=np.zeros(levels),
+            population=np.zeros(levels, np.int64),
+            now=np.zeros(1),
+            counters=np.zeros(8, np.int64),
         )
         state.counters[FREE] = capacity
         return state
 
     def grown(self) -> "Star":
         """The same state with room for twice as many active flows."""
-        capacity = len(self.heap)
-        per_slot = {name: np.concatenate([a, np.zeros_like(a)]) for name, a in zip(_PER_SLOT, self, strict=False)}
-        free = np.zeros(2 * capacity, np.int64)
-        kept = int(self.counters[FREE])
-        free[:kept] = self.free[:kept]
-        free[kept : kept + capacity] = np.arange(2 * capacity - 1, capacity - 1, -1)
-        self.counters[FREE] = kept + capacity
-        return self._replace(**per_slot, free=free)
-
-
-_PER_SLOT = Star._fields[:13]
+        larger: Star = doubled(self, self._fields[: self._fields.index("free")])
+        return larger
 
 
 @inner

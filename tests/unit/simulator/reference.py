@@ -82,3 +82,42 @@ def replay(
             sent[coming] = 0.0
             coming += 1
     return fct
+
+
+def least_attained_first(
+    start_s: npt.NDArray[np.float64], size_bytes: npt.NDArray[np.int64], rate: float
+) -> npt.NDArray[np.float64]:
+    """Completion times of least attained service first on one link, exactly: no levels, no steps.
+
+    Flows with equal attained service stand together. The group with the least is served, all of it at the same rate,
+    until somebody in it ends, it has caught up with the next group, or a flow arrives.
+    """
+    fct = np.zeros(len(start_s))
+    groups: list[tuple[float, list[int]]] = []  # (attained, flows by falling size), the least attained last
+    now, coming = 0.0, 0
+    while coming < len(start_s) or groups:
+        next_arrival = start_s[coming] if coming < len(start_s) else math.inf
+        if not groups:
+            now = next_arrival
+        else:
+            attained, flows = groups.pop()
+            until = float(size_bytes[flows[-1]])
+            if groups:
+                until = min(until, groups[-1][0])
+            ready_s = now + (until - attained) * len(flows) / rate
+            if ready_s > next_arrival:
+                groups.append((attained + (next_arrival - now) * rate / len(flows), flows))
+                now = next_arrival
+            else:
+                now = ready_s
+                if groups and groups[-1][0] == until:
+                    flows = sorted(flows + groups.pop()[1], key=lambda i: -int(size_bytes[i]))
+                while flows and size_bytes[flows[-1]] == until:
+                    ended = flows.pop()
+                    fct[ended] = now - start_s[ended]
+                if flows:
+                    groups.append((until, flows))
+                continue
+        groups.append((0.0, [coming]))
+        coming += 1
+    return fct

@@ -11,7 +11,7 @@ import pytest
 from simulator.engine import Simulation, simulate
 from simulator.physics import IDEAL
 from simulator.results import FlowResults
-from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme
+from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme, scheme
 from simulator.topology import Topology, leaf_spine, star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
@@ -19,7 +19,7 @@ from simulator.workloads.placement import all_to_all, to_one
 from simulator.workloads.trace import Trace
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import max_min, replay
+from reference import least_attained_first, max_min, replay
 
 THRESHOLDS = (20_000.0, 100_000.0, 1_000_000.0)
 BUFFER = 600_000.0
@@ -105,6 +105,16 @@ def test_shortest_first_agrees_with_the_reference() -> None:
         trace.start_s, trace.size_bytes, paths, np.array([1e9 / 8]), lambda attained, remaining: 0, shortest=True
     )
     np.testing.assert_allclose(found.fct_s, wanted, rtol=1e-6)
+
+
+def test_fine_levels_are_least_attained_first() -> None:
+    trace, topology = traffic(6, 20_000, one=True, load=0.7), star(6, 1e9)
+    exact = least_attained_first(trace.start_s, trace.size_bytes, 1e9 / 8)
+    found, fair = (simulate(trace, scheme(name), topology, IDEAL).fct_s for name in ("las", "fair"))
+    assert exact.mean() < 0.95 * fair.mean()
+    assert found.mean() == pytest.approx(exact.mean(), rel=0.01)
+    middle = np.abs(found / exact - 1)
+    assert np.median(middle) < 0.02
 
 
 def test_processor_sharing_has_the_mean_of_theory() -> None:

@@ -1,5 +1,6 @@
 """The model against PIAS's real 1 GbE testbed. One set of constants for all files."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 
 from fabricpilot.levels import Thresholds
 from simulator.engine import simulate
+from simulator.physics import IDEAL
 from simulator.results import FlowResults
 from simulator.schemes import Scheme, scheme
 from simulator.topology import star
 from simulator.workloads.tracefile import read_trace
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reference import least_attained_first
 
 PIAS = {"websearch": Thresholds.of([965_816]), "datamining": Thresholds.of([6 * 1024])}
 FILES = ["websearch_5", "websearch_7", "datamining_5", "datamining_7"]
@@ -41,6 +46,12 @@ def test_what_is_to_be_gained(testbed_traces: Path) -> None:
     def gain(ranks: Scheme) -> float:
         return float(1 - run(testbed_traces, "websearch_7", ranks).fct_s.mean() / fair)
 
+    trace = read_trace(testbed_traces / "websearch_7_trace.txt", "pias")
+    fluid = simulate(trace, scheme("fair"), star(16, 1e9), IDEAL).fct_s.mean()
+    las = least_attained_first(trace.start_s, trace.size_bytes, 1e9 / 8).mean()
+    assert 0.065 < 1 - las / fluid < 0.08  # an exact replay that knows nothing of levels
+    assert 0.055 < gain(scheme("las")) < 0.08
+    assert 0.07 < gain(scheme("mlfq")) < 0.12
     best_k8 = Thresholds.of([401, 19_421, 82_949, 249_634, 1_079_256, 1_430_023, 9_480_841])
     assert 0.035 < gain(scheme("mlfq", thresholds=PIAS["websearch"])) < 0.06
     assert 0.08 < gain(scheme("mlfq", thresholds=best_k8)) < 0.12
