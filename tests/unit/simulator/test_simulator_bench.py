@@ -12,7 +12,7 @@ def test_bench_prints_json_with_the_headline(monkeypatch) -> None:  # type: igno
     assert result.exit_code == 0, result.exception
     found = json.loads(result.output)
     assert found["events_per_second"] > 0
-    assert len(found["cases"]) == 12
+    assert len(found["cases"]) == 14
     headline = next(case for case in found["cases"] if case["name"] == "star, 100 active")
     assert 80 < headline["mean_active"] < 120
     for case in found["cases"]:
