@@ -35,7 +35,7 @@ from simulator.arrays import (
 )
 from simulator.compiled import compiled, inner
 from simulator.rank import place, standing
-from simulator.sharing import Sharing, join, leave, update
+from simulator.sharing import Sharing, join, leave, slide, update
 
 
 class Fabric(NamedTuple):
@@ -184,14 +184,19 @@ def _to_send(f: Fabric, x: Sharing, link: int, level: int, enough: float) -> flo
 
 
 @inner
-def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int) -> None:
-    if f.fixed[slot] >= 0:
-        level, bound = f.fixed[slot], 0.0
-    else:
+def _place(f: Fabric, rule: Rule, slot: int) -> int:
+    """The level a flow belongs to; notes where it changes next."""
+    level, bound = f.fixed[slot], 0.0
+    if level < 0:
         row = rule.thresholds[f.host[slot]]
         level, bound = place(rule.basis, row, rule.buffer_bytes, f.size[slot], f.remaining[slot])
-    x.level[slot] = level
     f.boundary[slot] = max(bound, 0.0)
+    return level
+
+
+@inner
+def _enter_level(f: Fabric, x: Sharing, rule: Rule, slot: int, level: int) -> None:
+    x.level[slot] = level
     for hop in range(HOPS):
         link = x.path[slot, hop]
         if link >= 0:
@@ -225,10 +230,15 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
             f.now[0] = due
             f.synced[slot] = due
             f.remaining[slot] = f.boundary[slot]
+            level = _place(f, rule, slot) if f.remaining[slot] > 0.0 else -1
+            if level >= 0 and slide(x, slot, level):
+                f.due[slot] = due + (f.remaining[slot] - f.boundary[slot]) / x.rate[slot]
+                _down(f.heap, c[DUE], f.at, f.due, 0)
+                continue
             _unschedule(f, slot)
             leave(x, slot)
-            if f.remaining[slot] > 0.0:
-                _enter_level(f, x, rule, slot)
+            if level >= 0:
+                _enter_level(f, x, rule, slot, level)
             else:
                 i = c[OUT]
                 out.flow[i], out.start[i], out.size[i] = f.flow[slot], f.start[slot], f.size[slot]
@@ -259,7 +269,7 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
             f.fixed[slot], f.peers[slot], f.queued[slot] = -1, 0, 0.0
             for hop in range(HOPS):
                 x.path[slot, hop] = arrivals.path[i, hop]
-            _enter_level(f, x, rule, slot)
+            _enter_level(f, x, rule, slot, _place(f, rule, slot))
         _apply_rates(f, x)
 
 
@@ -278,7 +288,7 @@ def rank_all(f: Fabric, x: Sharing, rule: Rule) -> None:
         if f.flow[slot] >= 0:
             _unschedule(f, slot)
             leave(x, slot)
-            _enter_level(f, x, rule, slot)
+            _enter_level(f, x, rule, slot, _place(f, rule, slot))
     _apply_rates(f, x)
 
 
@@ -289,5 +299,5 @@ def move(f: Fabric, x: Sharing, rule: Rule, slot: int, path: Paths) -> None:
     leave(x, slot)
     for hop in range(HOPS):
         x.path[slot, hop] = path[hop]
-    _enter_level(f, x, rule, slot)
+    _enter_level(f, x, rule, slot, _place(f, rule, slot))
     _apply_rates(f, x)

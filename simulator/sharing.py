@@ -152,6 +152,36 @@ def leave(x: Sharing, slot: int) -> None:
 
 
 @inner
+def slide(x: Sharing, slot: int, level: int) -> bool:
+    """Move a flow to another level if nobody can feel it: no other flow of its links is in a level from old to new.
+
+    Then all rates stay, and what its links know of the old level they know of the new one. False: nothing was done.
+    """
+    old = x.level[slot]
+    low, high = min(old, level), max(old, level)
+    for hop in range(HOPS):
+        link = x.path[slot, hop]
+        if link < 0:
+            break
+        others = -1
+        for k in range(low, high + 1):
+            others += x.flows[link, k]
+        if others > 0:
+            return False
+    for hop in range(HOPS):
+        link = x.path[slot, hop]
+        if link < 0:
+            break
+        x.head[link, level], x.head[link, old] = x.head[link, old], -1
+        x.flows[link, level], x.flows[link, old] = 1, 0
+        x.share[link, level], x.share[link, old] = x.share[link, old], np.inf
+        x.given[link, level] = x.given[link, old]
+        x.used[link, level], x.used[link, old] = x.used[link, old], 0.0
+    x.level[slot] = level
+    return True
+
+
+@inner
 def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: int) -> float:
     """The smallest share on a flow's path, two links left out."""
     smallest = np.inf
