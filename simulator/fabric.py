@@ -186,7 +186,8 @@ def _to_send(f: Fabric, x: Sharing, link: int, level: int, enough: float) -> flo
 @inner
 def _place(f: Fabric, rule: Rule, slot: int) -> int:
     """The level a flow belongs to; notes where it changes next."""
-    level, bound = f.fixed[slot], 0.0
+    level: int = f.fixed[slot]
+    bound = 0.0
     if level < 0:
         row = rule.thresholds[f.host[slot]]
         level, bound = place(rule.basis, row, rule.buffer_bytes, f.size[slot], f.remaining[slot])
