@@ -92,7 +92,7 @@ def _plan(options: dict[str, Any]) -> None:
         solver=options["solver"],
         objective=options["objective"],
         make_room=options["make_room"] or "",
-        earlier_plan=_bytes(options["replan_from"]) if options["replan_from"] else b"",
+        earlier_plan=_bytes(options["replan_from"]) if options["replan_from"] else None,
         max_bytes=options["max_bytes"],
         cost_per_gb=options["cost_per_gb"],
         cap_per_pm=options["cap_per_pm"],
@@ -181,8 +181,11 @@ def _cooling(history: Path | None, cooldown_s: float) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise FabricpilotError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _bytes(path: Path) -> bytes:
@@ -316,7 +319,7 @@ def train(out: Path, updates: int, iterations: int, rate: float, start: Path | N
     import torch
 
     from central.planner.learned import distill, ppo, weights
-    from central.planner.planning import warm_up
+    from central.planner.warm import warm_up
 
     torch.set_num_threads(threads)
     warm_up()

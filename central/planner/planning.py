@@ -11,7 +11,11 @@ from central.planner.model.plan import Plan
 from central.planner.model.problem import Deadline, Problem, Solution, check_limits
 from central.planner.solvers.batches import moves_of
 from central.planner.solvers.registry import Solver, solver
+from central.planner.warm import warm_up
 from fabricpilot.errors import FabricpilotError, UsageError
+
+COMPILED = ("auto", "exact", "replan")  # what uses compiled kernels
+POLICIES = ("learned", "beam", "guided")  # what uses the policy
 
 
 def make_plan(
@@ -36,7 +40,7 @@ def plan_by(
 ) -> Plan:
     """Like `make_plan`, by any function that is a solver."""
     check_limits(problem.limits, problem.mapping.vms)
-    warm_up()
+    prepare(name)
     deadline = Deadline(seconds, clock)
     solution = run(problem, deadline, seed)
     goal = problem.objective.goal
@@ -68,22 +72,11 @@ def plan_by(
     )
 
 
-def warm_up() -> None:
-    """Have the compiled kernels loaded before the clock starts; the very first time compiles them (some 10 s)."""
-    from central.planner.generator import SHAPES, generate
-    from central.planner.model.cluster import Cluster
-    from central.planner.model.objective import parse_objective
-    from central.planner.model.problem import Limits
-    from central.planner.model.state import State, Valuation
-    from central.planner.solvers.columns import Master
+def prepare(name: str) -> None:
+    """Load what a solver needs, so that its libraries' loading is no part of its time."""
+    if name in COMPILED:
+        warm_up()
+    if name in POLICIES:
+        from central.planner.learned import weights
 
-    global _warm
-    if _warm:
-        return
-    cluster = Cluster(generate(SHAPES["tiny"], 0))
-    valuation = Valuation.of(parse_objective("fr"), cluster)
-    Master(State(cluster), valuation, Limits(mnl=2)).solve(Deadline(5.0))
-    _warm = True
-
-
-_warm = False
+        weights.load()

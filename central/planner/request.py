@@ -35,7 +35,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     solver: str = "auto"
     objective: str = "fr"
     make_room: str = ""  # a request to let in, instead of the objective
-    earlier_plan: bytes = b""  # plan.json to repair
+    earlier_plan: bytes | None = None  # plan.json to repair
     max_bytes: int | None = None
     cost_per_gb: float = 0.0
     cap_per_pm: int | None = None
@@ -90,12 +90,12 @@ def plan_for(mapping: Mapping, request: PlanRequest) -> Plan:
     seconds, seed = request.deadline_s, request.seed
     if not 0.0 < seconds < float("inf"):
         raise UsageError(f"--deadline {seconds:g}: expected more than 0 seconds")
-    if request.make_room and request.earlier_plan:
+    if request.make_room and request.earlier_plan is not None:
         raise UsageError("--make-room and --replan-from exclude each other: give one of them")
     if request.make_room:
         term = parse_request(request.make_room)
         return planning.plan_by(problem, "make-room", lambda p, d, s: make_room(p, term, d, s), seconds, seed)
-    if request.earlier_plan:
+    if request.earlier_plan is not None:
         wishes, gone = read_wishes(request.earlier_plan, mapping, "the earlier plan")
         return planning.plan_by(problem, "replan", lambda p, d, s: replan(p, wishes, gone, d, s), seconds, seed)
     if request.solver == "learned":

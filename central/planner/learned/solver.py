@@ -13,6 +13,9 @@ from central.planner.learned.rollout import Cut, Trajectory
 from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Problem, Solution
 from central.planner.solvers.greedy import Walk
+from fabricpilot.errors import UsageError
+
+MOST_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,15 @@ class Options:
     samples: int = 8
     vm_quantile: float = 0.98
     place_quantile: float = 0.95
-    temperature: float = 0.4
+    temperature: float = 0.5
     weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise UsageError(f"--samples {self.samples}: expected 1 to {MOST_SAMPLES} trajectories")
+        for name, quantile in (("--vm-quantile", self.vm_quantile), ("--place-quantile", self.place_quantile)):
+            if not 0.0 <= quantile < 1.0:
+                raise UsageError(f"{name} {quantile:g}: expected 0 or more and less than 1")
 
 
 def learned(problem: Problem, deadline: Deadline, seed: int, options: Options | None = None) -> Solution:

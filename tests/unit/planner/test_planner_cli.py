@@ -100,3 +100,32 @@ def test_replan(mapping, tmp_path):
     code, text = run("--mapping", mapping, "--mnl", 6, "--replan-from", out, "--json")
     assert code == 0
     assert json.loads(text)["final"]["slots"] == json.loads(out.read_text())["final"]["slots"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--solver", "learned", "--samples", "0"], "--samples 0"),
+        (["--solver", "learned", "--vm-quantile", "1"], "--vm-quantile 1"),
+        (["--deadline", "nan"], "--deadline nan"),
+        (["--cost-per-gb", "nan"], "--cost-per-gb nan"),
+        (["--central", "tcp://127.0.0.1", "--insecure"], "lacks a port"),
+    ],
+)
+def test_numbers_nobody_can_mean(mapping, given, told):
+    code, text = run("--mapping", mapping, *given)
+    assert code == 2
+    assert told in text
+
+
+def test_an_empty_earlier_plan_is_no_plan(mapping, tmp_path):
+    (tmp_path / "empty.json").write_text("")
+    code, text = run("--mapping", mapping, "--replan-from", tmp_path / "empty.json")
+    assert code == 2
+    assert "not a plan" in text
+
+
+def test_a_plan_that_cannot_be_written(mapping):
+    code, text = run("--mapping", mapping, "--solver", "greedy", "--out", "/proc/none/plan.json")
+    assert code == 1
+    assert "cannot write /proc/none/plan.json" in text

@@ -11,11 +11,12 @@ import pytest
 
 from central.planner.generator import SHAPES, generate
 from central.planner.learned import beam, rollout
-from central.planner.planning import make_plan, warm_up
+from central.planner.planning import make_plan
 from central.planner.solvers import columns, greedy, pricing, swap
 from central.planner.solvers.greedy import Walk
 from central.planner.solvers.program import Program
 from central.planner.solvers.registry import SOLVERS
+from central.planner.warm import warm_up
 from fabricpilot.errors import UsageError
 
 OVERRUN_S = 0.2
