@@ -16,6 +16,7 @@ from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Limits, Problem, Solution, Step
 from central.planner.model.state import Valuation
 from central.planner.solvers import columns
+from central.planner.solvers.cycles import orderable
 from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.grouped import Flow, Grouped, Result, flow_between
 from central.planner.solvers.patterns import applies
@@ -74,7 +75,9 @@ def improve(
             descend(after, deadline)  # the moves that are left may gain elsewhere
         proven = result.proven and done.complete and not done.extra
         if done.extra:
-            notes += (f"{done.extra} extra moves through a spare place break a cycle",)
+            needed = orderable(Walk(problem, cluster).state, result.flow) is False
+            proof = "at least 1 is needed: proven" if needed else "not proven to be the fewest"
+            notes += (f"{done.extra} extra moves through a spare place break a cycle ({proof})",)
     bound = None
     if np.isfinite(result.bound):
         least = int(np.ceil(-result.bound - 1e-6))

@@ -16,8 +16,9 @@ from central.planner.planning import make_plan, plan_by
 from central.planner.replan import replan
 from central.planner.solvers.batches import moves_of
 from central.planner.solvers.columns import Master
+from central.planner.solvers.cycles import orderable
 from central.planner.solvers.greedy import Walk
-from central.planner.solvers.grouped import Grouped
+from central.planner.solvers.grouped import Grouped, flow_between
 from central.planner.solvers.patterns import applies
 from central.planner.solvers.registry import SOLVERS
 from central.planner.solvers.room import make_room
@@ -236,3 +237,33 @@ def test_a_cap_per_pm_has_a_bound_now(pose):
     assert plan.bound is not None
     free = make_plan(pose(mapping, 12), "exact", 100.0)
     assert plan.bound == pytest.approx(free.final.fragment_rate)
+
+
+def flow_of(cluster, *moves):
+    """The flow of moves (VM, place)."""
+    after = cluster.vm_place.copy()
+    for vm, place in moves:
+        after[vm] = place
+    return flow_between(cluster, cluster.vm_place, after)
+
+
+def test_a_cycle_is_proven_to_need_a_spare_place(build):
+    # Two full nodes change their 8 and their 4 + 4: nothing can go first, unless one of the small ones fits beside.
+    full = Cluster(build([[8], [8], [8]], [(0, {0: 8}), (1, {0: 4}), (1, {0: 4})]))
+    swap = ((0, 1), (1, 0), (2, 0))
+    assert orderable(State(full), flow_of(full, *swap)) is False
+    roomy = Cluster(build([[12], [12]], [(0, {0: 8}), (1, {0: 4}), (1, {0: 4})]))
+    assert orderable(State(roomy), flow_of(roomy, *swap)) is True
+    # A ring of three that is full, and the same with room for one.
+    ring = Cluster(build([[8], [8], [8]], [(0, {0: 8}), (1, {0: 6}), (2, {0: 7})]))
+    turn = ((0, 1), (1, 2), (2, 0))
+    assert orderable(State(ring), flow_of(ring, *turn)) is False
+
+
+def test_what_the_exact_solver_does_can_be_ordered(pose):
+    mapping = generate(SHAPES["small"], 2)
+    problem = pose(mapping, 12)
+    plan = make_plan(problem, "exact", 100.0)
+    cluster = Cluster(mapping)
+    moves = [(move.vm, cluster.place_index(move.vm, move.target)) for move in plan.moves]
+    assert orderable(State(cluster), flow_of(cluster, *moves)) is True
