@@ -96,13 +96,16 @@ class Steering:
             arms = [summary, self._registry.on_trial(summary, now_s)]
             observed += [arm for arm in arms if arm and arm.thresholds and arm.outcome]
             guard = self._guard(summary)
+            if self._trying and guard.recheck(summary, self._names(summary), now_s):
+                log.info("group %s, K = %d: what was promoted is tried against the scheme's own", *_key(summary))
+                self._follow(summary, now_s)
             if summary.thresholds and summary.outcome and guard.trial is None and not guard.resting_s(now_s):
                 asked.append(summary)
         return Lesson(tuple(observed), tuple(asked))
 
     def decide(self, summary: GroupSummary, decision: Decision, now_s: float) -> None:
         """Put a decision of the scheme into force."""
-        key = (summary.group, summary.levels)
+        key = _key(summary)
         self.decisions[key] = decision.reason
         if decision.thresholds is None or summary.group not in self._registry.groups:
             return
@@ -115,23 +118,22 @@ class Steering:
 
     def propose(self, summary: GroupSummary, proposal: Proposal, now_s: float) -> None:
         """Try a proposal of the learner, or only tell it, as `policy.learn` says."""
-        before = self.proposals.get((summary.group, summary.levels))
-        self.proposals[summary.group, summary.levels] = proposal
+        key = _key(summary)
+        before, self.proposals[key] = self.proposals.get(key), proposal
         if proposal.thresholds is None or summary.group not in self._registry.groups:
             return
-        if self._config.policy.learn != "on" or self.mode != "learning":
-            if before is None or before.thresholds != proposal.thresholds:
-                log.debug("group %s: %s is proposed, not tried", summary.group, list(proposal.thresholds))
+        if not self._trying:
+            if before is None or before.thresholds is None:
+                log.info("group %s, K = %d: %s would be tried", *key, list(proposal.thresholds))
             return
         guard = self._guard(summary)
-        hosts = [host.name for host in self._registry.members(summary.group, summary.levels)]
+        hosts = self._names(summary)
         told = guard.last
         if guard.challenge(proposal.thresholds, summary, hosts, now_s):
             assert guard.trial is not None
             log.info(
                 "group %s, K = %d: trial %d of %s, first on %d of %d hosts",
-                summary.group,
-                summary.levels,
+                *key,
                 guard.tally.trials,
                 list(guard.trial.challenger.bytes),
                 len(guard.trial.canaries) or len(hosts),
@@ -139,7 +141,7 @@ class Steering:
             )
             self._follow(summary, now_s)
         elif guard.last != told:
-            log.warning("group %s, K = %d: proposal %s", summary.group, summary.levels, guard.last)
+            log.warning("group %s, K = %d: proposal %s", *key, guard.last)
 
     def advance(self, now_s: float) -> None:
         """Close the rounds that are complete."""
@@ -174,8 +176,16 @@ class Steering:
                     self._follow(self._summary(key, now_s), now_s)
         self._remember()
 
+    @property
+    def _trying(self) -> bool:
+        """Whether anything may be tried on hosts."""
+        return self._config.policy.learn == "on" and self.mode == "learning"
+
+    def _names(self, summary: GroupSummary) -> list[str]:
+        return [host.name for host in self._registry.members(*_key(summary))]
+
     def _guard(self, summary: GroupSummary) -> GroupGuard:
-        key = (summary.group, summary.levels)
+        key = _key(summary)
         if key not in self.guards:
             guard = GroupGuard.of(self._config.guard, self._config.policy.objective)
             remembered = self._remembered.of(*key)
@@ -206,3 +216,7 @@ class Steering:
             if guard.baseline is not None
         ]
         self._memory.write(self.mode, known)
+
+
+def _key(summary: GroupSummary) -> Key:
+    return summary.group, summary.levels

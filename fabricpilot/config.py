@@ -159,6 +159,7 @@ class GuardSection(Section, frozen=True, kw_only=True):
     alpha: float = 0.05  # probability with which a challenger that is no better is promoted
     max_harm: float = 1.5  # a challenger under which flows take so many times as long goes at once
     rest_s: float = 30.0  # no new trial so long after one that failed; doubles with each failure, up to an hour
+    recheck_s: float = 1800.0  # what was promoted is tried against the scheme's own thresholds again after so long
     lowest_bytes: int = 1_000  # no threshold below
     highest_bytes: int = 1_000_000_000  # nor above
     max_step: float = 16.0  # factor by which one proposal may move a threshold
@@ -258,6 +259,7 @@ class CentralConfig(Section, frozen=True, kw_only=True):
         _check_range("guard.alpha", self.guard.alpha, 1e-6, 0.5)
         _check_range("guard.max_harm", self.guard.max_harm, 1.01, 1000)
         _check_range("guard.rest_s", self.guard.rest_s, 0, 86_400)
+        _check_range("guard.recheck_s", self.guard.recheck_s, 1, 1e9)
         _check_range("guard.lowest_bytes", self.guard.lowest_bytes, 1, self.guard.highest_bytes)
         _check_range("guard.highest_bytes", self.guard.highest_bytes, self.guard.lowest_bytes, 2**60)
         _check_range("guard.max_step", self.guard.max_step, 1.1, 1e12)

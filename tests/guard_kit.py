@@ -96,9 +96,9 @@ class Loop:
         propose: summary -> thresholds or None; whatever it returns goes to the guard.
     """
 
-    def __init__(self, hosts, baseline, propose, folder=None, **guard):
+    def __init__(self, hosts, baseline, propose, folder=None, learn="on", **guard):
         self.hosts = {host.name: host for host in hosts}
-        section = PolicySection(learn="on", objective="slowdown")
+        section = PolicySection(learn=learn, objective="slowdown")
         config = CentralConfig(policy=section, guard=GuardSection(**guard))
         self.registry = Registry(60.0, 5.0)
         self.enforcement = Enforcement(self.registry, self, ThresholdLog(""), 3600.0)

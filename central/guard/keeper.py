@@ -5,7 +5,8 @@ challengers. The incumbent is the baseline until a challenger was promoted, and 
 otherwise: its thresholds are for the traffic of now, and the promoted ones were tried on that of then.
 
 After a challenger that was rolled back the group rests, twice as long each time, so that a learner that is wrong all
-the time costs less and less.
+the time costs less and less. What was promoted is tried again now and then, against the baseline as the challenger:
+traffic may have changed in a way that the scheme does not see.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +18,7 @@ from central.guard.canaries import canaries
 from central.guard.contrast import bucket_weights
 from central.guard.trial import Rules, Trial, Verdict
 from central.outcomes import Experienced
-from central.policy.base import GroupSummary
+from central.policy.base import GroupSummary, Outcome
 from fabricpilot.config import GuardSection
 from fabricpilot.levels import Thresholds
 
@@ -63,6 +64,7 @@ class GroupGuard:
     bounds: Bounds
     canary_share: float
     rest_s: float
+    recheck_s: float
     objective: str
     baseline: Thresholds | None = None
     promoted: Thresholds | None = None
@@ -74,6 +76,8 @@ class GroupGuard:
     _failures: int = 0  # in a row
     _rest_until_s: float = 0.0
     _round_began_s: float = 0.0
+    _recheck_at_s: float = 0.0
+    _rechecks: bool = False  # the challenger on trial is the baseline
 
     @classmethod
     def of(cls, section: GuardSection, objective: str) -> "GroupGuard":
@@ -83,6 +87,7 @@ class GroupGuard:
             Bounds(section.lowest_bytes, section.highest_bytes, section.max_step),
             section.canary_share,
             section.rest_s,
+            section.recheck_s,
             objective,
         )
 
@@ -142,13 +147,16 @@ class GroupGuard:
             return False
         if summary.outcome is None or same(challenger, incumbent):
             return False
-        self.tally.trials += 1
-        first = canaries(hosts, self.canary_share, self.tally.trials)
-        weights = bucket_weights(summary.outcome, self.objective)
-        self.trial = Trial(challenger, hosts, first, weights, self.rules, seed=self.tally.trials)
-        self.effect = None
-        self.reason = f"on trial, number {self.tally.trials}"
-        self._round_began_s = now_s
+        self._begin(challenger, summary.outcome, hosts, now_s)
+        return True
+
+    def recheck(self, summary: GroupSummary, hosts: Collection[str], now_s: float) -> bool:
+        """Try the baseline against what was promoted, if that is long ago; arguments as `challenge`."""
+        due = self.promoted is not None and self.trial is None and now_s >= self._recheck_at_s
+        if not due or self.baseline is None or summary.outcome is None or not hosts:
+            return False
+        self._begin(self.baseline, summary.outcome, hosts, now_s)
+        self._rechecks = True
         return True
 
     def observe(self, host: str, flows: Experienced) -> None:
@@ -176,14 +184,32 @@ class GroupGuard:
         self._round_began_s = now_s
         verdict = trial.close_round()
         if verdict is not None:
+            rechecked = self._rechecks
             self._end(verdict, blame=not verdict.promoted)
-            if not verdict.promoted:
+            self._recheck_at_s = now_s + self.recheck_s
+            if not verdict.promoted and not rechecked:
                 self._rest(now_s)
         return verdict
+
+    def _begin(self, challenger: Thresholds, outcome: Outcome, hosts: Collection[str], now_s: float) -> None:
+        self.tally.trials += 1
+        first = canaries(hosts, self.canary_share, self.tally.trials)
+        weights = bucket_weights(outcome, self.objective)
+        self.trial = Trial(challenger, hosts, first, weights, self.rules, seed=self.tally.trials)
+        self._rechecks = False
+        self.effect = None
+        self.reason = f"on trial, number {self.tally.trials}"
+        self._round_began_s = now_s
 
     def _end(self, verdict: Verdict, blame: bool) -> None:
         assert self.trial is not None
         self.effect = self.trial.effect() or self.effect
+        if self._rechecks:
+            self.last = f"{'withdrawn' if verdict.promoted else 'kept'}, as with the baseline {verdict.reason}"
+            self.promoted = None if verdict.promoted else self.promoted
+            self.reason = self.last
+            self.trial = None
+            return
         if verdict.promoted:
             self.promoted = self.trial.challenger
             self.tally.promoted += 1

@@ -155,6 +155,30 @@ def test_a_new_decision_of_the_scheme_ends_trial_and_promotion():
     assert {host.thresholds for host in loop.hosts.values()} == {GOOD}
 
 
+def test_what_was_promoted_is_tried_again_and_withdrawn_if_traffic_has_changed():
+    loop = Loop(fleet(4, seconds=500), BAD, lambda _summary: GOOD.bytes, max_step=ANY_STEP, recheck_s=20)
+    run_one_trial(loop)
+    assert loop.until(lambda: loop.guard.trial is not None, 60)
+    assert loop.guard.trial.challenger == BAD
+    assert loop.until(lambda: loop.guard.trial is None, BOUND_S)
+    assert loop.guard.last.startswith("kept")
+    loop.guard.baseline, loop.guard.promoted = GOOD, BAD  # as if the worse ones had been promoted then
+    loop.propose, loop.baseline = lambda _summary: None, GOOD
+    assert loop.until(lambda: loop.guard.last.startswith("withdrawn"), BOUND_S)
+    loop.second()
+    assert {host.thresholds for host in loop.hosts.values()} == {GOOD}
+    assert loop.guard.resting_s(float(loop.now_s)) == 0.0
+
+
+def test_in_shadow_mode_nothing_is_tried():
+    loop = Loop(fleet(2, seconds=60), BAD, lambda _summary: GOOD.bytes, max_step=ANY_STEP, learn="shadow")
+    for _ in range(40):
+        loop.second()
+    assert loop.steering.proposals["web", 4].thresholds == GOOD.bytes
+    assert loop.guard.tally.trials == 0
+    assert {host.thresholds for host in loop.hosts.values()} == {BAD}
+
+
 @pytest.mark.parametrize("mode", ["optimiser", "frozen"])
 def test_the_kill_switch(mode):
     loop = Loop(fleet(4), BAD, lambda _summary: GOOD.bytes, max_step=ANY_STEP)
