@@ -39,6 +39,7 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
             soft_wrap=True,
         )
     show_guard(told, console)
+    console.print(_long_flows(told["long_flows"]), highlight=False, soft_wrap=True)
     hosts = Table("host", "group", "state", "seen", "queues", "bit/s", "active", "long", "missed")
     for host in told["hosts"]:
         hosts.add_row(
@@ -59,6 +60,14 @@ def show(told: dict[str, Any], console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _long_flows(told: dict[str, Any]) -> str:
+    if told["scheme"] == "off":
+        return "long flows: off"
+    times = told["round_ms"]
+    took = f"; a round took {times['p50']:.1f} ms, p99 {times['p99']:.1f} ms" if times["p50"] is not None else ""
+    return f"long flows: {told['scheme']}, {told['flows']} under way, {told['decided']} decisions{took}"
 
 
 def show_guard(told: dict[str, Any], console: Console | None = None) -> None:

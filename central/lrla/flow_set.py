@@ -90,16 +90,23 @@ class LongFlowScheme(Protocol):
         """For the flows of these rows (shape (m,)), given all of them."""
 
 
-def route_loads(flows: FlowSet) -> tuple[Floats, Floats]:
-    """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R).
+def route_shares(flows: FlowSet, rows: Ints) -> Floats:
+    """How the flows of these rows count on routes, shape (m, R): whole, or in equal parts where theirs is unknown.
 
-    Flows whose route is unknown count in equal parts on all of theirs.
+    Flows inside a rack count nowhere.
     """
-    share = np.zeros(flows.usable.shape)
-    known = flows.crosses & (flows.route >= 0)
-    share[known, flows.route[known]] = 1.0
-    blind = flows.crosses & (flows.route < 0)
-    share[blind] = flows.usable[blind] / np.maximum(flows.usable[blind].sum(axis=1, keepdims=True), 1)
+    share = np.zeros((len(rows), flows.routes))
+    route, crosses, usable = flows.route[rows], flows.crosses[rows], flows.usable[rows]
+    known = np.flatnonzero(crosses & (route >= 0))
+    share[known, route[known]] = 1.0
+    blind = crosses & (route < 0)
+    share[blind] = usable[blind] / np.maximum(usable[blind].sum(axis=1, keepdims=True), 1)
+    return share
+
+
+def route_loads(flows: FlowSet) -> tuple[Floats, Floats]:
+    """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R)."""
+    share = route_shares(flows, np.arange(len(flows)))
     up, down = np.zeros((flows.racks, flows.routes)), np.zeros((flows.racks, flows.routes))
     np.add.at(up, flows.source_rack, share)
     np.add.at(down, flows.destination_rack, share)

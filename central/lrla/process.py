@@ -7,11 +7,12 @@ the next one, so that under load decisions are batched by themselves.
 
 import gc
 import time
+from pathlib import Path
 
 import msgspec
 
 from central.lrla.flow_set import LongFlowScheme
-from central.lrla.rules import rule
+from central.lrla.rules import RULES
 from central.lrla.table import FlowTable, HostFlows
 from fabricpilot.config import LongFlowsSection
 from fabricpilot.wire import MAX_VERDICTS, Verdicts, encode
@@ -36,8 +37,16 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def scheme_of(section: LongFlowsSection) -> LongFlowScheme:
-    """The scheme that `[long_flows]` names."""
-    return rule("shortest-first")
+    """The scheme that `[long_flows]` names.
+
+    Raises:
+        UsageError: weights that cannot be read.
+    """
+    if section.scheme != "learned":
+        return RULES[section.scheme]
+    from central.lrla.learned import LearnedScheme
+
+    return LearnedScheme.load(Path(section.weights) if section.weights else None)
 
 
 class Scheduler:

@@ -9,7 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from central.lrla.flow_set import UNKNOWN_ROUTE, Choice, Floats, FlowSet, Ints, LongFlowScheme, route_loads
+from central.lrla.flow_set import (
+    UNKNOWN_ROUTE,
+    Choice,
+    Floats,
+    FlowSet,
+    Ints,
+    LongFlowScheme,
+    route_loads,
+    route_shares,
+)
+
+_ONE_BY_ONE = (
+    48  # flows decided on at once up to which each sees where all those before it went; more go in so many parts
+)
 
 
 @dataclass(frozen=True)
@@ -28,71 +41,84 @@ class LeastLoaded:
     """Greedy by the number of long flows.
 
     Attributes:
-        remainders_bytes: ascending; a flow is seen to have at most the last of these left to get priority 1, the one
-            before for 2, and so on. Empty: all have the lowest priority.
-        margin: flows by which another route must be better for a flow to leave the one it has.
+        remainders_bytes: ascending; a flow that is seen to have at most so many left gets a priority more for each.
+            Empty: all have the lowest priority.
     """
 
     remainders_bytes: tuple[float, ...] = ()
-    margin: float = 1.0
     name: str = "least-loaded"
 
     def decide(self, flows: FlowSet, asked: Ints) -> Choice:
-        """One after the other, each seeing where those before it went."""
-        return Choice(self._priorities(flows, asked), self._routes(flows, asked))
-
-    def _priorities(self, flows: FlowSet, asked: Ints) -> Ints:
-        known = flows.known_bytes[asked]
-        left = np.where(np.isnan(known), np.inf, known)
-        wanted = np.zeros(len(asked), np.int64)
-        for limit in self.remainders_bytes:
-            wanted += left <= limit
-        wanted[flows.migration[asked]] = 0
-        priorities: Ints = np.minimum(wanted, flows.priorities[asked] - 1)
-        return priorities
-
-    def _routes(self, flows: FlowSet, asked: Ints) -> Ints:
-        up, down = route_loads(flows)
-        routes = np.full(len(asked), UNKNOWN_ROUTE)
-        for place, row in enumerate(asked.tolist()):
-            usable = flows.usable[row]
-            here, there, now = int(flows.source_rack[row]), int(flows.destination_rack[row]), int(flows.route[row])
-            if here == there or not usable.any():
-                continue
-            own = np.zeros(flows.routes)
-            if now >= 0:
-                own[now] = 1.0
-            else:
-                own[usable] = 1.0 / usable.sum()
-            others_up, others_down = up[here] - own, down[there] - own
-            # The busier end decides; then both together; then the lowest number of those left, turned by flow so
-            # that equal routes are taken in turn.
-            cost = np.maximum(others_up, others_down) + 1e-3 * (others_up + others_down)
-            cost += 1e-6 * ((np.arange(flows.routes) + row) % flows.routes)
-            if now >= 0 and usable[now]:
-                cost[now] -= self.margin
-            cost[~usable] = np.inf
-            chosen = int(cost.argmin())
-            routes[place] = chosen
-            up[here] += _moved(own, chosen)
-            down[there] += _moved(own, chosen)
-        return routes
+        """Routes one after the other, each flow seeing where those before it went."""
+        return Choice(priorities(flows, asked, self.remainders_bytes), assign(flows, asked))
 
 
-def _moved(own: Floats, chosen: int) -> Floats:
-    change = -own
-    change[chosen] += 1.0
-    return change
+def priorities(flows: FlowSet, asked: Ints, remainders_bytes: tuple[float, ...]) -> Ints:
+    """Priority of the flows in rows `asked` by what is seen to remain; migrations have the lowest."""
+    known = flows.known_bytes[asked]
+    left = np.where(np.isnan(known), np.inf, known)
+    wanted = np.zeros(len(asked), np.int64)
+    for limit in remainders_bytes:
+        wanted += left < limit
+    wanted[flows.migration[asked]] = 0
+    bounded: Ints = np.minimum(wanted, flows.priorities[asked] - 1)
+    return bounded
 
 
-SHORTEST_FIRST_BYTES = (1e6, 4e6)  # found best in `fabricpilot bench lrla` (docs/lrla.md)
+def costs(flows: FlowSet, asked: Ints, up: Floats, down: Floats, own: Floats) -> Floats:
+    """What each route costs each flow in rows `asked`, in flows, shape (m, R); infinite where it may not go.
+
+    The busier end of the route decides, then both ends together; a flow leaves the route it has only for one that is
+    better by a whole flow.
+
+    Args:
+        flows: all of them.
+        asked: rows, shape (m,).
+        up: long flows on the way up from each rack, shape (racks, R).
+        down: on the way down to each.
+        own: how the asked flows themselves count in there, shape (m, R).
+    """
+    others_up = up[flows.source_rack[asked]] - own
+    others_down = down[flows.destination_rack[asked]] - own
+    cost = np.maximum(others_up, others_down) + 0.1 * (others_up + others_down)
+    has = flows.route[asked] >= 0
+    cost[has, flows.route[asked][has]] -= 1.0
+    cost[~flows.usable[asked]] = np.inf
+    return cost
 
 
-def rule(name: str) -> LongFlowScheme:
-    """A scheme of this file by its name."""
-    made: dict[str, LongFlowScheme] = {
-        "ecmp": Ecmp(),
-        "least-loaded": LeastLoaded(),
-        "shortest-first": LeastLoaded(SHORTEST_FIRST_BYTES, name="shortest-first"),
-    }
-    return made[name]
+def assign(flows: FlowSet, asked: Ints, bonus: Floats | None = None) -> Ints:
+    """The cheapest route of each flow in rows `asked`, those of one rack one after the other.
+
+    Args:
+        flows: all of them.
+        asked: rows, shape (m,).
+        bonus: taken off the cost, shape (m, R).
+    """
+    routes = np.full(len(asked), UNKNOWN_ROUTE)
+    crossing = np.flatnonzero(flows.crosses[asked] & flows.usable[asked].any(axis=1))
+    up, down = route_loads(flows)
+    for part in np.array_split(crossing, min(len(crossing), _ONE_BY_ONE) or 1):
+        if not len(part):
+            continue
+        rows = asked[part]
+        own = route_shares(flows, rows)
+        cost = costs(flows, rows, up, down, own)
+        if bonus is not None:
+            cost -= bonus[part]
+        # Equal routes are taken in turn.
+        cost += 1e-6 * ((np.arange(flows.routes) + rows[:, None]) % flows.routes)
+        routes[part] = cost.argmin(axis=1)
+        moved = -own
+        moved[np.arange(len(part)), routes[part]] += 1.0
+        np.add.at(up, flows.source_rack[rows], moved)
+        np.add.at(down, flows.destination_rack[rows], moved)
+    return routes
+
+
+SHORTEST_FIRST_BYTES = (2e6, 3.9e6)  # found best in `fabricpilot bench lrla` (docs/lrla.md)
+RULES: dict[str, LongFlowScheme] = {
+    "ecmp": Ecmp(),
+    "least-loaded": LeastLoaded(),
+    "shortest-first": LeastLoaded(SHORTEST_FIRST_BYTES, "shortest-first"),
+}

@@ -4,7 +4,7 @@ Where it sits: in the scheduler's process (`process.py`). What hosts say goes in
 need a decision, `flow_set` shows all of them to the scheme, `verdicts` notes the answer and says what to send.
 
     new        needs a decision at once
-    going on   its verdict is renewed when half of its time is over, with whatever the scheme says then
+    going on   is decided on again with every report; its host is told of changes, and before the verdict ends
     ended      told by an event, or missing in a report that tells of all long flows of its host
 
 A host that stays silent loses its flows with the verdicts: after `ttl_s`. Text from hosts is looked at once per flow.
@@ -39,10 +39,12 @@ _ROW: Final = np.dtype(
         ("route", "<i8"),  # told to its host; 0: none
         ("priority", "<i8"),
         ("until_s", "<f8"),  # when the verdict ends; -inf: none yet
+        ("decided_s", "<f8"),
     ]
 )
 _LEAST_ROWS: Final = 1024
-_RENEWED: Final = 64  # flows whose verdict is renewed in one round
+_RENEWED: Final = 64  # flows that are decided on again in one round ...
+_REST_S: Final = 0.2  # ... and how long none is
 _MAX_PORT: Final = 65_535
 _MAX_PROTOCOL: Final = 255
 MAX_HOST_FLOWS: Final = 8192  # what a host has room for in its kernel
@@ -108,16 +110,16 @@ class FlowTable:
             self._drop(self._key_of[row])
 
     def due(self, now_s: float) -> Ints:
-        """Rows that need a decision: all new ones, and some of those whose verdict is half way to its end.
+        """Rows that need a decision: all new ones, and some of those that were told of since the one before.
 
-        Renewals come in small parts, so that no new flow waits behind all of them.
+        These come in small parts, so that no new flow waits behind all of them.
         """
-        rows = self._used()
-        until_s = self._rows["until_s"][rows]
-        new = rows[np.isneginf(until_s)]
-        old = np.flatnonzero(~np.isneginf(until_s) & (until_s < now_s + self._section.ttl_s / 2))
-        soonest = rows[old[np.argsort(until_s[old], kind="stable")]]
-        return np.concatenate([new, soonest[:_RENEWED]])
+        used = self._used()
+        rows = self._rows[used]
+        new = np.isneginf(rows["until_s"])
+        again = np.flatnonzero(~new & (rows["seen_s"] > rows["decided_s"]) & (rows["decided_s"] < now_s - _REST_S))
+        oldest = again[np.argsort(rows["decided_s"][again], kind="stable")]
+        return np.concatenate([used[new], used[oldest[:_RENEWED]]])
 
     def flow_set(self) -> tuple[FlowSet, Ints]:
         """All flows, and the row of each."""
@@ -148,13 +150,17 @@ class FlowTable:
         return flows, used
 
     def verdicts(self, rows: Ints, choice: Choice, now_s: float) -> dict[str, list[FlowVerdict]]:
-        """Note what was decided for these rows; returns what to tell each host."""
-        ttl_s = self._section.ttl_s
-        self._rows["route"][rows] = choice.route + 1
-        self._rows["priority"][rows] = choice.priority
+        """Note what was decided for these rows; returns what to tell each host: changes, and what is half over."""
+        ttl_s, before = self._section.ttl_s, self._rows[rows]
+        self._rows["decided_s"][rows] = now_s
+        same = (before["route"] == choice.route + 1) & (before["priority"] == choice.priority)
+        news = np.flatnonzero(~same | (before["until_s"] < now_s + ttl_s / 2))
+        rows = rows[news]
+        priorities, routes = choice.priority[news], choice.route[news]
+        self._rows["route"][rows], self._rows["priority"][rows] = routes + 1, priorities
         self._rows["until_s"][rows] = now_s + ttl_s
         told: dict[str, list[FlowVerdict]] = {}
-        for row, priority, route in zip(rows.tolist(), choice.priority.tolist(), choice.route.tolist(), strict=True):
+        for row, priority, route in zip(rows.tolist(), priorities.tolist(), routes.tolist(), strict=True):
             level = int(self._rows["levels"][row]) - 1 - priority
             verdict = FlowVerdict(*self._key_of[row], max(level, 0), max(route + 1, 0), ttl_s)
             told.setdefault(self._host_of[row], []).append(verdict)
@@ -204,7 +210,8 @@ class FlowTable:
         values["source"], values["destination"] = (self._number(address) for address in key[:2])
         values["source_rack"], values["destination_rack"] = (self._number(rack) for rack in racks)
         values["attained"], values["known_end"] = 0.0, np.nan
-        values["route"], values["priority"], values["until_s"] = UNKNOWN_ROUTE + 1, 0, -np.inf
+        values["route"], values["priority"] = UNKNOWN_ROUTE + 1, 0
+        values["until_s"] = values["decided_s"] = -np.inf
         values["migration"] = False
         return row
 

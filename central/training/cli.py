@@ -66,6 +66,21 @@ def srla(
     _run(make, f"srla-{algorithm}", settings, seed, resume, out)
 
 
+@train.command()
+@training_options
+def lrla(config: Path | None, seed: int, workers: int, ray: str | None, resume: bool, out: Path) -> None:
+    """Priority and route of long flows: REINFORCE in a simulated fabric (docs/lrla.md)."""
+    from central.lrla.reinforce import Settings
+    from central.lrla.training import LrlaTrainer
+    from central.training.settings import read
+    from fabricpilot.errors import UsageError
+
+    if workers != 1 or ray is not None:
+        raise UsageError("train lrla works in one process: leave --workers and --ray out")
+    settings = read(Settings, config)
+    _run(lambda: LrlaTrainer(settings, seed), "lrla", settings, seed, resume, out)
+
+
 def _run(make: Callable[[], "Trainer"], agent: str, settings: object, seed: int, resume: bool, out: Path) -> None:
     """What every `train` command does once it has its settings; `make` starts the workers."""
     from central.training.loop import run

@@ -31,13 +31,27 @@ def decide(table, now_s, route=0, priority=0):
     return table.verdicts(due, Choice(np.full(len(due), priority), np.full(len(due), route)), now_s)
 
 
-def test_a_new_flow_is_due_at_once_and_again_half_way_to_its_end(table):
+def test_a_flow_is_due_at_once_and_again_when_it_is_told_of(table):
     table.update(told(flow()), 0.0)
     assert len(table.due(0.0)) == 1
     (verdict,) = decide(table, 0.0, route=1, priority=1)["a"]
     assert (verdict.level, verdict.route, verdict.ttl_s) == (2, 2, 10.0)
-    assert len(table.due(4.9)) == 0
-    assert len(table.due(5.1)) == 1
+    assert len(table.due(4.0)) == 0
+    table.update(told(flow(sent=2 * 10**7)), 4.0)
+    assert len(table.due(4.0)) == 1
+
+
+def test_hosts_are_told_of_changes_and_before_a_verdict_ends(table):
+    def told_at(now_s, **choice):
+        table.update(told(flow()), now_s)
+        return [(v.level, v.route) for v in decide(table, now_s, **choice).get("a", [])]
+
+    assert told_at(0.0) == [(3, 1)]
+    assert told_at(1.0) == []
+    assert told_at(2.0, route=1) == [(3, 2)]
+    assert told_at(3.0, route=1, priority=2) == [(1, 2)]
+    assert told_at(7.9, route=1, priority=2) == []
+    assert told_at(8.2, route=1, priority=2) == [(1, 2)]
 
 
 def test_what_a_report_of_all_flows_lacks_is_gone(table):
@@ -128,7 +142,7 @@ def test_renewals_come_in_parts_and_new_flows_before_them():
     many = told(*(flow(port) for port in range(200)))
     first = scheduler.answer(Round(0.0, [many]))
     assert (first.decided, first.more) == (200, False)
-    later = scheduler.answer(Round(6.0, [told(flow(999))]))
+    later = scheduler.answer(Round(6.0, [many, told(flow(999))]))
     assert (later.decided, later.more) == (65, True)
     rest = [scheduler.answer(Round(6.0, [])).decided for _ in range(4)]
     assert rest == [64, 64, 8, 0]
@@ -142,7 +156,7 @@ def test_verdicts_spread_over_the_routes_and_keep_the_route_they_gave():
     assert host == "a"
     assert isinstance(message, Verdicts)
     assert sorted(v.route for v in message.verdicts) == [1] * 5 + [2] * 5
-    again = scheduler.answer(Round(6.0, []))
+    again = scheduler.answer(Round(6.0, [told(*(flow(port) for port in range(10)))]))
     renewed = decode_from_central(again.frames[0][1])
     by_port = {v.source_port: v.route for v in message.verdicts}
     assert all(by_port[v.source_port] == v.route for v in renewed.verdicts)

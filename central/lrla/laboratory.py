@@ -1,0 +1,211 @@
+"""A simulated leaf-spine fabric whose long flows a scheme schedules, as central does: schemes meet and learn here.
+
+Hosts send Poisson traffic all to all. Short flows follow K levels by bytes sent and take a route by hash. Once a flow
+has sent more than the last threshold it is long: at the next tick the scheme is asked, and again every `renew_s`. What
+it is shown is what central knows: the route only of flows that it gave one, what remains only as far as the send
+buffer showed it when the flow became long. One run is a generator of `Tick`s, so that learning sees every decision and
+its cost.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE, Bools, Choice, FlowSet, Ints, LongFlowScheme
+from fabricpilot.levels import default_thresholds
+from simulator.engine import Simulation
+from simulator.results import ActiveFlows, FlowResults
+from simulator.schemes import scheme
+from simulator.topology import Topology, leaf_spine
+from simulator.workloads.arrivals import mean_gap_s
+from simulator.workloads.distribution import SizeDistribution
+from simulator.workloads.placement import all_to_all
+from simulator.workloads.trace import Trace
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One kind of fabric and traffic.
+
+    Attributes:
+        cdf: flow sizes.
+        load: of every host's link.
+        leaves: racks.
+        spines: routes between racks.
+        hosts_per_leaf: hosts of a rack.
+        oversubscription: of the racks' uplinks.
+        rate_bps: of a host's link.
+        levels: K.
+        traffic_s: how long flows arrive; then all of them end.
+        warm_up_s: flows that start before are not counted.
+        tick_s: how soon a flow that has become long is decided on, at most.
+        renew_s: time between two decisions on the same flow.
+        delay_s: from the decision until it is in force.
+        send_buffer_bytes: how much of what remains is seen.
+    """
+
+    cdf: str = "websearch_dctcp_bytes_trafficgenerator"
+    load: float = 0.5
+    leaves: int = 4
+    spines: int = 2
+    hosts_per_leaf: int = 4
+    oversubscription: float = 2.0
+    rate_bps: float = 1e9
+    levels: int = 4
+    traffic_s: float = 12.0
+    warm_up_s: float = 2.0
+    tick_s: float = 0.01
+    renew_s: float = 1.0
+    delay_s: float = 0.005
+    send_buffer_bytes: float = 4e6
+
+    @property
+    def long_bytes(self) -> float:
+        """The last threshold."""
+        return float(default_thresholds(self.levels).bytes[-1])
+
+    def topology(self) -> Topology:
+        """The fabric."""
+        return leaf_spine(self.leaves, self.spines, self.hosts_per_leaf, self.rate_bps, self.oversubscription)
+
+    def trace(self, seed: int) -> Trace:
+        """The flows of one run."""
+        rng = np.random.default_rng(seed)
+        sizes, hosts = SizeDistribution.load(self.cdf), self.leaves * self.hosts_per_leaf
+        n = int(rng.poisson(self.traffic_s / mean_gap_s(sizes, self.load * hosts, self.rate_bps, overload=True)))
+        starts = np.sort(rng.uniform(0, self.traffic_s, max(n, 1)))
+        return all_to_all(Trace.of(starts, sizes.sample(rng, len(starts))), hosts, rng)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One moment of a run.
+
+    Attributes:
+        flows: the long flows, as the scheme saw them.
+        asked: rows it was asked for.
+        choice: what it decided for them.
+        ended: flows that ended since the tick before.
+        long: long flows under way.
+        short: short flows under way.
+        spread: most less fewest long flows over the uplinks of a rack, mean over racks.
+    """
+
+    flows: FlowSet
+    asked: Ints
+    choice: Choice
+    ended: FlowResults
+    long: int
+    short: int
+    spread: float
+
+
+def ticks(lab: Lab, chooser: LongFlowScheme, seed: int) -> Iterator[Tick]:
+    """Run once: until the last flow has ended."""
+    topology = lab.topology()
+    ranks = scheme("mlfq", thresholds=default_thresholds(lab.levels))
+    simulation = Simulation(ranks, topology, control_delay_s=lab.delay_s)
+    trace = lab.trace(seed)
+    simulation.add(trace)
+    memory = _Memory(len(trace))
+    left, now_s = len(trace), 0.0
+    while left:
+        now_s += lab.tick_s
+        ended = simulation.run_until(now_s)
+        left -= len(ended)
+        active = simulation.active()
+        long = active.attained_bytes >= lab.long_bytes
+        flows, due = memory.seen(lab, topology, active, long, now_s)
+        choice = Choice(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        if len(due):
+            choice = chooser.decide(flows, due)
+            memory.decided(active.flow[long][due], choice, now_s)
+            for flow, priority, route in zip(active.flow[long][due], choice.priority, choice.route, strict=True):
+                level = lab.levels - 1 - int(priority)
+                simulation.set_verdict(int(flow), level, None if route == UNKNOWN_ROUTE else int(route))
+        yield Tick(flows, due, choice, ended, len(flows), int((~long).sum()), _spread(topology, active, long))
+
+
+class _Memory:
+    """What central remembers of each flow of a run, by flow number."""
+
+    def __init__(self, flows: int) -> None:
+        self._known_end = np.full(flows, np.nan)
+        self._route = np.full(flows, UNKNOWN_ROUTE)
+        self._priority = np.zeros(flows, np.int64)
+        self._decided_s = np.full(flows, -np.inf)
+        self._met = np.zeros(flows, np.bool_)
+
+    def seen(
+        self, lab: Lab, topology: Topology, active: ActiveFlows, long: Bools, now_s: float
+    ) -> tuple[FlowSet, Ints]:
+        """The long flows as central knows them, and the rows that need a decision."""
+        flow, sent = active.flow[long], active.attained_bytes[long]
+        new = ~self._met[flow]
+        shown = np.minimum(active.remaining_bytes[long], lab.send_buffer_bytes)
+        self._known_end[flow[new]] = sent[new] + shown[new]
+        self._met[flow] = True
+        known = self._known_end[flow] - sent
+        flows = FlowSet(
+            source=active.host[long],
+            destination=active.destination[long],
+            source_rack=topology.leaf[active.host[long]],
+            destination_rack=topology.leaf[active.destination[long]],
+            attained_bytes=sent,
+            known_bytes=np.where(known > 0, known, np.nan),
+            age_s=now_s - active.start_s[long],
+            route=self._route[flow],
+            priority=self._priority[flow],
+            migration=np.zeros(len(flow), np.bool_),
+            usable=np.ones((len(flow), topology.routes), np.bool_),
+            priorities=np.full(len(flow), min(lab.levels, MAX_PRIORITIES)),
+            hosts=topology.hosts,
+            racks=topology.leaves,
+            rate_bps=lab.rate_bps,
+        )
+        due: Ints = np.flatnonzero(self._decided_s[flow] <= now_s - lab.renew_s)
+        return flows, due
+
+    def decided(self, flow: Ints, choice: Choice, now_s: float) -> None:
+        """These flows have a verdict."""
+        self._route[flow], self._priority[flow], self._decided_s[flow] = choice.route, choice.priority, now_s
+
+
+def _spread(topology: Topology, active: ActiveFlows, long: Bools) -> float:
+    leaf = topology.leaf
+    far = long & (leaf[active.host] != leaf[active.destination])
+    counts = np.zeros((topology.leaves, topology.routes))
+    np.add.at(counts, (leaf[active.host[far]], active.route[far]), 1)
+    return float((counts.max(axis=1) - counts.min(axis=1)).mean())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; times in microseconds."""
+
+    long_fct_us: float
+    long_flows: int
+    short_fct_us: float
+    all_fct_us: float
+    spread: float  # mean over time
+
+
+def run(lab: Lab, chooser: LongFlowScheme, seed: int) -> Outcome:
+    """One run to its end."""
+    ended, spreads = [], []
+    for tick in ticks(lab, chooser, seed):
+        ended.append(tick.ended)
+        if tick.long:
+            spreads.append(tick.spread)
+    results = FlowResults.joined(ended)
+    counted = results.start_s >= lab.warm_up_s
+    long = counted & (results.size_bytes > lab.long_bytes)
+    short = counted & ~long
+    return Outcome(
+        long_fct_us=float(results.fct_s[long].mean()) * 1e6,
+        long_flows=int(long.sum()),
+        short_fct_us=float(results.fct_s[short].mean()) * 1e6,
+        all_fct_us=float(results.fct_s[counted].mean()) * 1e6,
+        spread=float(np.mean(spreads)),
+    )

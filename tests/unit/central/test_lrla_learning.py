@@ -1,0 +1,169 @@
+"""The long-flow policy and its learning: masks, order of flows, hand-computed values, exact checkpoints, a toy task."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
+from central.lrla.learned import SHIPPED, LearnedScheme
+from central.lrla.network import MASKED, PolicyNetwork, batch_of, log_probability
+from central.lrla.reinforce import Rollout, Sampler, Settings, advantages, returns, update
+from central.lrla.rules import RULES
+from central.lrla.synthetic import random_flows
+from central.lrla.training import LrlaTrainer
+from central.training import checkpoint
+from fabricpilot.errors import UsageError
+
+TINY = Settings(iterations=2, runs=2, traffic_s=0.4)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(1)
+    made = PolicyNetwork()
+    for head in (made.route, made.priority):
+        torch.nn.init.normal_(head[-1].weight)
+    return made
+
+
+def some_flows(n=40, seed=2, **changed):
+    return replace(random_flows(n, np.random.default_rng(seed)), **changed)
+
+
+def test_an_untrained_network_decides_as_the_rule():
+    known, asked = some_flows(), np.arange(0, 40, 3)
+    mine, rule = LearnedScheme(PolicyNetwork()).decide(known, asked), RULES["shortest-first"].decide(known, asked)
+    assert mine.priority.tolist() == rule.priority.tolist()
+    assert mine.route.tolist() == rule.route.tolist()
+
+
+def test_the_order_of_flows_does_not_matter(network):
+    known = some_flows()
+    order = np.random.default_rng(3).permutation(len(known))
+    columns = {name: value[order] for name, value in vars(known).items() if isinstance(value, np.ndarray)}
+    place = np.argsort(order)
+    with torch.no_grad():
+        before = network(batch_of(known, np.arange(40)))
+        after = network(batch_of(replace(known, **columns), place))
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_it_takes_any_number_of_flows_and_routes(network):
+    for n, routes in ((1, 1), (11, 2), (3000, 7)):
+        known = random_flows(n, np.random.default_rng(1), routes=routes)
+        route, priority = network(batch_of(known, np.arange(n)))
+        assert route.shape == (n, routes)
+        assert priority.shape == (n, MAX_PRIORITIES)
+
+
+def test_what_is_masked_is_never_chosen(network):
+    usable = np.tile([True, False, True, False], (40, 1))
+    known = some_flows(usable=usable, priorities=np.full(40, 2), route=np.full(40, UNKNOWN_ROUTE))
+    for scheme in (LearnedScheme(network), Sampler(network, torch.Generator().manual_seed(1))):
+        choice = scheme.decide(known, np.arange(40))
+        assert choice.priority.max() == 1
+        assert set(choice.priority[known.migration].tolist()) <= {0}
+        assert set(choice.route[known.crosses].tolist()) <= {0, 2}
+        assert set(choice.route[~known.crosses].tolist()) <= {UNKNOWN_ROUTE}
+
+
+def test_returns_by_hand():
+    # What a tick costs came before its decision: the last decision has nothing to answer for.
+    assert returns(np.array([1.0, 2.0, 4.0]), 0.5).tolist() == [-(2 + 0.5 * 4), -4.0, 0.0]
+
+
+def test_advantages_are_what_the_decisions_made_of_the_same_traffic():
+    rollouts = [Rollout(np.array(costs), [], []) for costs in ([1.0, 2.0], [1.0, 4.0, 2.0])]
+    one, other = advantages(rollouts, 1.0)
+    # Returns (-2, 0, 0) and (-6, -2, 0): less their means (2, 1, 0) and (-2, -1, 0), deviation sqrt(10 / 6).
+    scale = np.sqrt(10 / 6)
+    np.testing.assert_allclose(one, [2 / scale, 1 / scale], rtol=1e-6)
+    np.testing.assert_allclose(other, [-2 / scale, -1 / scale, 0], rtol=1e-6, atol=1e-9)
+
+
+def test_log_probability_by_hand():
+    routes, ranks = torch.tensor([[0.0, 0.0, MASKED]]), torch.tensor([[np.log(3.0), 0.0]], dtype=torch.float32)
+    logs, entropy = log_probability((routes, ranks), torch.tensor([1]), torch.tensor([0]))
+    assert logs.item() == pytest.approx(np.log(0.5) + np.log(0.75), rel=1e-6)
+    assert entropy.item() == pytest.approx(np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25), rel=1e-5)
+    only = torch.full((1, 3), MASKED)
+    assert log_probability((only, ranks), torch.tensor([-1]), torch.tensor([0]))[0].item() == pytest.approx(
+        np.log(0.75)
+    )
+
+
+def test_the_gradient_by_hand():
+    known = some_flows(source_rack=np.zeros(40, np.int64), destination_rack=np.ones(40, np.int64))
+    plain, batch = PolicyNetwork(), batch_of(known, np.array([5]))
+    logits = plain(batch)
+    log_probability(logits, torch.tensor([2]), torch.tensor([0]))[0].sum().backward()
+    chance = torch.softmax(logits[0][0], 0)
+    # Logits are -weight * cost: the gradient of the log of a softmax is the chosen one less the expected one.
+    expected = -(batch.costs[0, 2] - (chance * batch.costs[0]).sum())
+    assert plain.load_weight.grad.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_toy_task_is_learned_in_seconds():
+    """Flows of which something is known to remain are to get priority 3, the others 0: each wrong one costs 1."""
+    torch.manual_seed(0)
+    plain, rng, chances = PolicyNetwork(), np.random.default_rng(0), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    settings = Settings(horizon_s=1e-6, entropy=0.0)
+
+    def wrong(known, priority):
+        return float((priority != np.where(np.isnan(known.known_bytes), 0, 3)).sum())
+
+    for _ in range(40):
+        situations = [some_flows(12, int(rng.integers(2**31)), migration=np.zeros(12, np.bool_)) for _ in range(4)]
+        rollouts = []
+        for _ in range(4):
+            sampler, costs = Sampler(plain, chances), [0.0]
+            for known in situations:
+                costs.append(wrong(known, sampler.decide(known, np.arange(12)).priority))
+            rollouts.append(Rollout(np.array(costs), sampler.decisions, list(range(4))))
+        update(plain, optimiser, rollouts, settings, tick_s=1e-3)
+    fresh = some_flows(200, 99, migration=np.zeros(200, np.bool_))
+    assert wrong(fresh, LearnedScheme(plain).decide(fresh, np.arange(200)).priority) < 10
+
+
+def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
+    one, other = LrlaTrainer(TINY, 7), LrlaTrainer(TINY, 7)
+    assert one.advance() == other.advance()
+    checkpoint.save(tmp_path / "checkpoint.npz", one.state())
+    later = LrlaTrainer(TINY, 1)
+    later.restore(checkpoint.load(tmp_path / "checkpoint.npz"))
+    assert later.done == 1
+    assert later.advance() == other.advance()
+    for mine, theirs in zip(later.network.state_dict().values(), other.network.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    later.export(tmp_path / "weights.npz", {"seed": 7})
+    known, asked = some_flows(), np.arange(40)
+    loaded = LearnedScheme.load(tmp_path / "weights.npz").decide(known, asked)
+    assert loaded.route.tolist() == LearnedScheme(other.network).decide(known, asked).route.tolist()
+
+
+def test_the_shipped_weights_are_small_and_say_how_they_were_made():
+    assert SHIPPED.stat().st_size < 5_000_000
+    record = checkpoint.load(SHIPPED)["record"]
+    assert record["agent"] == "lrla"
+    assert {"seed", "seconds", "settings"} <= set(record)
+    choice = LearnedScheme.load().decide(some_flows(1000), np.arange(1000))
+    assert set(choice.route.tolist()) <= set(range(UNKNOWN_ROUTE, 4))
+
+
+@pytest.mark.parametrize("tree", [{"network": {}}, {"other": 1}, [1]])
+def test_foreign_or_broken_weights_are_refused(tmp_path, tree):
+    checkpoint.save(tmp_path / "w.npz", tree)
+    with pytest.raises(UsageError):
+        LearnedScheme.load(tmp_path / "w.npz")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    broken = PolicyNetwork()
+    torch.nn.init.constant_(broken.flow[0].weight, float("nan"))
+    checkpoint.save(tmp_path / "w.npz", {"network": dict(broken.state_dict())})
+    with pytest.raises(UsageError, match="finite"):
+        LearnedScheme.load(tmp_path / "w.npz")
