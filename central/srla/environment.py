@@ -27,6 +27,7 @@ from simulator.results import FlowResults
 from simulator.statistics import BUCKETS
 from simulator.workloads.distribution import SizeDistribution
 from simulator.workloads.situations import Range, Situation, draw
+from simulator.workloads.trace import Trace
 
 RewardKind = Literal["relative", "ratio"]
 
@@ -65,10 +66,9 @@ class Met:
     sizes: LogHistogram
     base: Floats
 
-    @property
-    def link(self) -> Link:
-        """The link its flows share."""
-        return Link.real(self.situation.rate_bps)
+    def under(self, thresholds: Thresholds, trace: Trace) -> FlowResults:
+        """What the flows of `trace` experience under `thresholds`."""
+        return results(trace, thresholds, Link.real(self.situation.rate_bps), self.situation.visible_bytes)
 
     def summary(self, thresholds: Thresholds | None = None, seen: FlowResults | None = None) -> GroupSummary:
         """What a policy is told when `seen` is what flows experienced under `thresholds`."""
@@ -240,8 +240,8 @@ class ThresholdTrials(gym.Env[Singles, Singles]):
         met = self._met
         self._thresholds = thresholds
         trace = met.situation.trace(self.settings.flows, self._random)
-        seen = results(trace, thresholds, met.link)
-        return seen, results(trace, self._at(np.zeros(ACTIONS)), met.link) if beside else None
+        seen = met.under(thresholds, trace)
+        return seen, met.under(self._at(np.zeros(ACTIONS)), trace) if beside else None
 
     def _observe(self) -> Singles:
         return self.encoding.state_of(self._met.summary(self._thresholds, self._seen), self._met.base)
@@ -251,7 +251,7 @@ def _kept(met: Met) -> dict[str, Any]:
     there = met.situation
     return {
         "points": [there.sizes.name, there.sizes.sizes_bytes, there.sizes.cdf],
-        "values": [there.load, there.rate_bps, there.levels, there.sigma],
+        "values": [there.load, there.rate_bps, there.levels, there.sigma, there.visible_bytes],
         "sizes": met.sizes.counts,
         "base": met.base,
     }

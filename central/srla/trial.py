@@ -7,7 +7,6 @@ import numpy as np
 from central.srla.ddpg import Ddpg
 from central.srla.encoding import ACTIONS, Encoding, Singles, mask_of
 from central.srla.environment import Met, meet, objective_of
-from central.thresholds.simulated import results
 from fabricpilot.levels import Thresholds
 from simulator.workloads.situations import Range, draw
 from simulator.workloads.trace import Trace
@@ -24,7 +23,7 @@ class Case:
 
     def value(self, thresholds: Thresholds, objective: str) -> float:
         """The objective of these flows under `thresholds`."""
-        return objective_of(results(self.trace, thresholds, self.met.link), objective)
+        return objective_of(self.met.under(thresholds, self.trace), objective)
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Trial:
             met = meet(draw(given, random), flows, encoding, random)
             at_base = encoding.thresholds_at(met.base, np.zeros(ACTIONS))
             # What is reported comes from other flows than those the thresholds are judged by.
-            reported = results(met.situation.trace(flows, random), at_base, met.link)
+            reported = met.under(at_base, met.situation.trace(flows, random))
             trace = met.situation.trace(flows, random)
             state = encoding.state_of(met.summary(at_base, reported), met.base)
-            cases.append(Case(met, trace, state, objective_of(results(trace, at_base, met.link), objective)))
+            cases.append(Case(met, trace, state, objective_of(met.under(at_base, trace), objective)))
         return cls(tuple(cases), encoding, objective)
 
     def thresholds(self, agent: Ddpg) -> list[Thresholds]:

@@ -36,6 +36,7 @@ class Situation:
         rate_bps: of the link.
         levels: K.
         sigma: of log inter-arrival times (`bursty`); 0 for Poisson arrivals.
+        visible_bytes: what hosts see of a flow beyond what it has sent; 0 where they rank by bytes sent alone.
     """
 
     sizes: SizeDistribution
@@ -43,6 +44,7 @@ class Situation:
     rate_bps: float
     levels: int
     sigma: float = 0.0
+    visible_bytes: float = 0.0
 
     def trace(self, flows: int, random: np.random.Generator) -> Trace:
         """`flows` flows from host 0 to host 1.
@@ -69,6 +71,7 @@ class Range:
         levels: lowest and highest K.
         vary: change the distributions (scale, stretch, mix); off: as they are.
         bursty: share of situations whose arrivals are not Poisson.
+        visible_bytes: of situations; nobody tells an agent which.
     """
 
     cdfs: tuple[str, ...] = ()
@@ -77,6 +80,7 @@ class Range:
     levels: tuple[int, int] = (MIN_LEVELS, MAX_LEVELS)
     vary: bool = True
     bursty: float = 0.25
+    visible_bytes: tuple[float, ...] = (0.0,)
 
 
 def draw(given: Range, random: np.random.Generator) -> Situation:
@@ -90,7 +94,8 @@ def draw(given: Range, random: np.random.Generator) -> Situation:
     levels = int(random.integers(given.levels[0], given.levels[1] + 1))
     rate_bps = float(random.choice(given.rates_gbps)) * 1e9
     sigma = float(random.uniform(1.0, 2.0)) if random.random() < given.bursty else 0.0
-    return Situation(sizes, float(random.uniform(*given.load)), rate_bps, levels, sigma)
+    load = float(random.uniform(*given.load))
+    return Situation(sizes, load, rate_bps, levels, sigma, float(random.choice(given.visible_bytes)))
 
 
 def mixed(first: SizeDistribution, second: SizeDistribution, share: float) -> SizeDistribution:
