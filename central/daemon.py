@@ -275,6 +275,7 @@ class Central:
         summaries = list(self.registry.summaries(now_s))
         if not self._workers.policy.busy:
             self._workers.policy.submit(self.steering.questions(summaries))
+        self.steering.recheck(summaries, now_s)
         if self._workers.learner is not None and not self._workers.learner.busy:
             self._workers.learner.submit(self.steering.lesson(summaries, now_s))
 

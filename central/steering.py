@@ -18,7 +18,7 @@ from typing import get_args
 from central.clustering import MIN_FLOWS, divide
 from central.enforcement import Enforcement
 from central.guard.keeper import GroupGuard, Mode
-from central.guard.memory import GuardMemory, Remembered
+from central.guard.memory import MAX_REMEMBERED, GuardMemory, Memory, Remembered
 from central.learning import Lesson, Proposal
 from central.policy.base import Decision, GroupSummary
 from central.registry import Host, Registry
@@ -60,10 +60,7 @@ class Steering:
 
     def joined(self, host: Host, now_s: float) -> None:
         """A host has introduced itself: it gets what its group has."""
-        key = (host.group, host.hello.levels)
-        if key not in self.guards and self._remembered.of(*key) is not None:
-            self._follow(self._summary(key, now_s), now_s)
-        self._enforcement.tell([host], now_s)
+        self._welcome([host], now_s)
 
     def reported(self, host: Host, report: Report, now_s: float) -> None:
         """A host's report, already in the registry."""
@@ -83,7 +80,7 @@ class Steering:
                 self._registry.move(host, parts[host.name])
             if moved:
                 log.info("group %s: %d host(s) go to another part by what they send", group, len(moved))
-                self._enforcement.tell(moved, now_s)
+                self._welcome(moved, now_s)
 
     def questions(self, summaries: Iterable[GroupSummary]) -> list[GroupSummary]:
         """For the scheme: it compares with what it last decided itself, whatever was promoted since."""
@@ -96,9 +93,6 @@ class Steering:
             arms = [summary, self._registry.on_trial(summary, now_s)]
             observed += [arm for arm in arms if arm and arm.thresholds and arm.outcome]
             guard = self._guard(summary)
-            if self._trying and guard.recheck(summary, self._names(summary), now_s):
-                log.info("group %s, K = %d: what was promoted is tried against the scheme's own", *_key(summary))
-                self._follow(summary, now_s)
             if summary.thresholds and summary.outcome and guard.trial is None and not guard.resting_s(now_s):
                 asked.append(summary)
         return Lesson(tuple(observed), tuple(asked))
@@ -143,10 +137,20 @@ class Steering:
         elif guard.last != told:
             log.warning("group %s, K = %d: proposal %s", *key, guard.last)
 
+    def recheck(self, summaries: Iterable[GroupSummary], now_s: float) -> None:
+        """Try the scheme's decision against what was promoted long ago."""
+        for summary in summaries:
+            if self._trying and self._guard(summary).recheck(summary, self._names(summary), now_s):
+                log.info("group %s, K = %d: what was promoted is tried against the scheme's own", *_key(summary))
+                self._follow(summary, now_s)
+
     def advance(self, now_s: float) -> None:
-        """Close the rounds that are complete."""
+        """Close the rounds that are complete, and forget groups that have gone."""
+        for key in [key for key in self.guards if key[0] not in self._registry.groups]:
+            for known in (self.guards, self.decisions, self.proposals):
+                known.pop(key, None)
         for key, guard in self.guards.items():
-            if guard.trial is None or key[0] not in self._registry.groups:
+            if guard.trial is None:
                 continue
             live = {host.name: host.interval_s for host in self._registry.members(*key)}
             was_on = guard.trial.on_challenger
@@ -176,6 +180,14 @@ class Steering:
                     self._follow(self._summary(key, now_s), now_s)
         self._remember()
 
+    def _welcome(self, hosts: list[Host], now_s: float) -> None:
+        """Tell hosts that are new in their groups what these have; also if nobody was there until now."""
+        for key in sorted({(host.group, host.hello.levels) for host in hosts}):
+            nobody_has_it = key[1] not in self._registry.groups[key[0]].in_force
+            if nobody_has_it and (key in self.guards or self._remembered.of(*key) is not None):
+                self._follow(self._summary(key, now_s), now_s)
+        self._enforcement.tell(hosts, now_s)
+
     @property
     def _trying(self) -> bool:
         """Whether anything may be tried on hosts."""
@@ -191,7 +203,8 @@ class Steering:
             remembered = self._remembered.of(*key)
             if remembered is not None:
                 guard.baseline = Thresholds.of(remembered.baseline)
-                guard.promoted = Thresholds.of(remembered.promoted) if remembered.promoted else None
+                if remembered.promoted and self._config.policy.learn == "on":
+                    guard.promoted = Thresholds.of(remembered.promoted)
                 guard.reason = "as before the restart"
             self.guards[key] = guard
         return self.guards[key]
@@ -205,17 +218,15 @@ class Steering:
             self._enforcement.follow(summary, wanted, now_s)
 
     def _remember(self) -> None:
-        known = [
-            Remembered(
-                group,
-                levels,
-                list(guard.baseline.bytes),
-                list(guard.promoted.bytes) if guard.promoted else None,
-            )
-            for (group, levels), guard in self.guards.items()
-            if guard.baseline is not None
-        ]
-        self._memory.write(self.mode, known)
+        """Write down what holds; of groups that are not there now, what held last."""
+        known = {(one.group, one.levels): one for one in self._remembered.groups}
+        for key, guard in self.guards.items():
+            if guard.baseline is not None:
+                promoted = list(guard.promoted.bytes) if guard.promoted else None
+                known.pop(key, None)
+                known[key] = Remembered(*key, list(guard.baseline.bytes), promoted)
+        self._remembered = Memory(self.mode, list(known.values())[-MAX_REMEMBERED:])
+        self._memory.write(self._remembered)
 
 
 def _key(summary: GroupSummary) -> Key:

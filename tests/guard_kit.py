@@ -133,6 +133,7 @@ class Loop:
             summaries = list(self.registry.summaries(float(self.now_s)))
             for summary in self.steering.questions(summaries):
                 self.steering.decide(summary, FixedPolicy(self.baseline).decide(summary), float(self.now_s))
+            self.steering.recheck(summaries, float(self.now_s))
             for summary in self.steering.lesson(summaries, float(self.now_s)).asked:
                 self.steering.propose(summary, Proposal(self.propose(summary), "for a test"), float(self.now_s))
         usual = self.registry.groups["web"].in_force.get(4)

@@ -13,6 +13,7 @@ from fabricpilot.levels import Thresholds
 log = logging.getLogger(__name__)
 
 FILE = "guard.json"
+MAX_REMEMBERED = 4096  # groups, the latest ones: hosts choose their names
 
 
 class Remembered(msgspec.Struct, frozen=True):
@@ -58,11 +59,11 @@ class GuardMemory:
             self._path.replace(self._path.with_suffix(".unreadable"))
             return Memory()
 
-    def write(self, mode: Mode, groups: list[Remembered]) -> None:
+    def write(self, memory: Memory) -> None:
         """Replace the file. A full disk is told once; it is no reason to stop."""
         if self._path is None:
             return
-        content = msgspec.json.encode(Memory(mode, groups))
+        content = msgspec.json.encode(memory)
         try:
             replace_file(self._path, lambda path: path.write_bytes(content), flush=False)
             self._failed = False

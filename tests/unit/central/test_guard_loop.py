@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from guard_kit import Loop, SimulatedHost
 
+from central.guard.memory import GuardMemory
 from fabricpilot.levels import Thresholds
 
 WEB_SEARCH = "websearch_dctcp_bytes_trafficgenerator"
@@ -224,6 +225,42 @@ def test_a_restart_in_mid_trial_returns_to_the_incumbent(tmp_path):
     hosts = list(loop.hosts.values())
     Loop(hosts, GOOD, lambda _summary: None, folder=tmp_path)
     assert {host.thresholds for host in hosts} == {GOOD}
+
+
+def test_with_learning_off_a_restart_drops_what_was_promoted(tmp_path):
+    loop = Loop(fleet(2), BAD, lambda _summary: GOOD.bytes, folder=tmp_path, max_step=ANY_STEP)
+    run_one_trial(loop)
+    assert loop.guard.promoted == GOOD
+    hosts = list(loop.hosts.values())
+    Loop(hosts, BAD, lambda _summary: None, folder=tmp_path, learn="off")
+    assert {host.thresholds for host in hosts} == {BAD}
+
+
+def test_groups_that_are_away_are_not_forgotten(tmp_path):
+    here, there = fleet(1), [SimulatedHost("other", 9, WEB_SEARCH, 0.7, 100, group="other")]
+    loop = Loop(here + there, GOOD, lambda _summary: None, folder=tmp_path)
+    for _ in range(10):
+        loop.second()
+    again = Loop(here, BAD, lambda _summary: None, folder=tmp_path)  # the other host is not back yet
+    for _ in range(10):
+        again.second()
+    kept = {group.group: group.baseline for group in GuardMemory(tmp_path).read().groups}
+    assert kept == {"web": list(BAD.bytes), "other": list(GOOD.bytes)}
+
+
+def test_a_group_that_comes_back_gets_what_it_had():
+    loop = Loop(fleet(2, seconds=100), GOOD, lambda _summary: None)
+    for _ in range(10):
+        loop.second()
+    loop.registry.hosts.clear()
+    loop.registry.sweep(10.0)
+    loop.steering.advance(10.0)
+    assert loop.registry.groups == {}
+    assert loop.steering.guards == {}
+    (host, _) = loop.hosts.values()
+    host.epoch, host.thresholds = 0, BAD
+    loop.steering.joined(loop.registry.hello(host.name, host.name.encode(), host.hello(), 11.0), 11.0)
+    assert host.thresholds == GOOD
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"groups":[{"group":"web","levels":4,"baseline":[3,2,1]}]}'])
