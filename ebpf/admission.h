@@ -69,16 +69,17 @@ static __always_inline __u64 seed(void)
 }
 
 /* Whether a packet without an entry may begin a flow, or be what `begins_flow` says it is not, at the top. */
-static __always_inline int admitted(struct __sk_buff *skb, const struct packet *packet, int begins_flow,
+static __always_inline int admitted(struct __sk_buff *skb, struct work *work, int begins_flow,
 				    const struct settings *settings)
 {
+	const struct packet *packet = &work->packet;
 	__u64 cost_ns = settings->new_flow_ns, now_ns, cgroup, source;
 
 	if (!cost_ns)
 		return 1;
 	if (!begins_flow)
 		cost_ns /= ACKNOWLEDGEMENTS_PER_FLOW;
-	now_ns = bpf_ktime_get_coarse_ns();
+	now_ns = tick_ns(work);
 	source = mix(seed(), !packet->payload_bytes);
 	cgroup = skb->sk ? bpf_skb_cgroup_id(skb) : 0;
 	if (cgroup)

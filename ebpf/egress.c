@@ -44,23 +44,22 @@ int fabricpilot_egress(struct __sk_buff *skb)
 	struct counters *count = counters.lookup(&zero);
 	struct settings *settings = settings_in_force();
 	struct steering *steering_now = steering.lookup(&zero);
-	struct flow_state *flow = 0;
-	struct packet packet = {};
-	struct steered steered;
+	struct work *work = at_work.lookup(&zero);
+	struct packet *packet;
+	struct flow_state *flow;
 	struct fragment_value *first = 0;
-	int fresh = 0; /* the packet begins its flow, which is not in the table yet */
 	int reason;
-	__u8 level;
 
-	if (!count || !settings || !steering_now)
+	if (!work || !count || !settings || !steering_now)
 		return TC_ACT_UNSPEC; /* cannot be: array maps always have their entries */
 	if (skb->tc_index == ROUTED) {
 		skb->tc_index = 0; /* we sent it here from another NIC: accounted and marked */
 		return TC_ACT_UNSPEC;
 	}
-	reason = parse_anywhere(skb, &packet);
-	if (reason == PARSED && packet.fragment == LATER_FRAGMENT) {
-		first = find_first_fragment(&packet);
+	packet = &work->packet;
+	reason = parse_anywhere(skb, packet);
+	if (reason == PARSED && packet->fragment == LATER_FRAGMENT) {
+		first = find_first_fragment(packet);
 		if (!first)
 			reason = FRAGMENT;
 	}
@@ -68,26 +67,25 @@ int fabricpilot_egress(struct __sk_buff *skb)
 		count->untracked[reason & (UNTRACKED_REASONS - 1)] += segments;
 		return TC_ACT_UNSPEC;
 	}
-	if (skb->gso_size && !skb->gso_segs && packet.payload_bytes) /* from a virtual machine: not counted yet */
-		segments = (packet.payload_bytes + skb->gso_size - 1) / skb->gso_size;
-	level = account(skb, &packet, segments, settings, count, &flow, &fresh);
-	steered = steer(skb, &packet, flow, level, settings, steering_now);
-	level = steered.level;
-	if (fresh) {
-		if (insert_flow(&packet, flow, count) && packet.payload_bytes)
-			level = last_level(settings);
-		flow = steered.route ? flows.lookup(&packet.key) : 0;
+	if (skb->gso_size && !skb->gso_segs && packet->payload_bytes) /* from a virtual machine: not counted yet */
+		segments = (packet->payload_bytes + skb->gso_size - 1) / skb->gso_size;
+	flow = account(skb, work, segments, settings, count);
+	steer(skb, work, flow, settings, steering_now);
+	if (work->fresh) {
+		if (insert_flow(packet, &work->beginning, count) && packet->payload_bytes)
+			work->level = last_level(settings);
+		flow = work->route ? flows.lookup(&packet->key) : 0;
 	}
-	if (packet.fragment == FIRST_FRAGMENT)
-		remember_first_fragment(&packet, level);
+	if (packet->fragment == FIRST_FRAGMENT)
+		remember_first_fragment(packet, work->level);
 	else if (first)
-		level = first->level; /* one datagram, one level: its fragments keep their order */
-	if (steered.treatment == TREAT_EXCLUDE) {
+		work->level = first->level; /* one datagram, one level: its fragments keep their order */
+	if (work->treatment == TREAT_EXCLUDE) {
 		count->excluded += segments;
 		return TC_ACT_UNSPEC;
 	}
-	mark(skb, &packet, segments, level, steered.treatment == TREAT_OBSERVE, settings, count);
-	if (!flow || settings->observe || steered.treatment)
+	mark(skb, work, segments, settings, count);
+	if (!flow || settings->observe || work->treatment)
 		return TC_ACT_UNSPEC;
-	return take_route(skb, &packet, flow, steered.route, segments, steering_now, count);
+	return take_route(skb, work, flow, segments, steering_now, count);
 }

@@ -52,9 +52,7 @@ struct flow_state {
 /* Key: 5-tuple. Value: what its flow has sent so far. The least recently used entry makes room for a new one. */
 BPF_TABLE("lru_hash", struct flow_key, struct flow_state, flows, FLOW_ENTRIES);
 
-/* Key: 0. Value: the flow that this CPU's packet begins, until it is inserted whole. */
-BPF_PERCPU_ARRAY(beginning, struct flow_state, 1);
-
+#include "work.h"
 #include "message.h"
 #include "backlog.h"
 #include "long_flow.h"
@@ -88,16 +86,12 @@ static __always_inline void start_flow(struct flow_state *fresh, const struct pa
 
 /* A flow that begins with this packet, not yet in the table: looking an entry up marks it as used, and the LRU would
  * no longer tell a flow of one packet from one that goes on. */
-static __always_inline struct flow_state *begin_flow(const struct packet *packet, const struct sender *sender)
+static __always_inline struct flow_state *begin_flow(struct work *work)
 {
-	__u32 zero = 0;
-	struct flow_state *fresh = beginning.lookup(&zero);
-
-	if (!fresh)
-		return 0;
-	__builtin_memset(fresh, 0, sizeof(*fresh));
-	start_flow(fresh, packet, first_flags(packet, sender));
-	return fresh;
+	__builtin_memset(&work->beginning, 0, sizeof(work->beginning));
+	start_flow(&work->beginning, &work->packet, first_flags(&work->packet, &work->sender));
+	work->fresh = 1;
+	return &work->beginning;
 }
 
 /* Inserts the flow that began with this packet, its first packet accounted; the table holds it from here on. */
@@ -154,101 +148,103 @@ static __always_inline void see_flow(const struct packet *packet, struct flow_st
 		flow->last_seen_ns = now_ns;
 }
 
-/* Accounts a packet of `segments` segments to its flow, left in `entry` (nothing: it has none; `fresh`: it is to be
- * inserted); returns the level that the packet has earned. */
-static __always_inline __u8 account(struct __sk_buff *skb, const struct packet *packet, __u32 segments,
-				    const struct settings *settings, struct counters *counters,
-				    struct flow_state **entry, int *fresh)
+/* Accounts a packet of `segments` segments to its flow and gives it the level it has earned. Returns the flow (work->fresh:
+ * it is to be inserted yet), or nothing if the packet has none and makes none. */
+static __always_inline struct flow_state *account(struct __sk_buff *skb, struct work *work, __u32 segments,
+						  const struct settings *settings, struct counters *counters)
 {
+	const struct packet *packet = &work->packet;
+	struct sender *sender = &work->sender;
 	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
-	struct sender sender = {};
-	struct finished_message done = {};
 	struct hint *hint = 0;
 	__u64 now_ns, silent_ns, attained_bytes;
-	int repeated = 0, begins = 0;
-	__u8 level;
 
-	ask_socket(skb, packet, &sender);
+	work->done.bytes = 0;
+	work->repeated = 0;
+	work->begins = 0;
+	work->fresh = 0;
+	work->level = 0;
+	ask_socket(skb, packet, sender);
 	if (!flow) {
 		int begins_flow = packet->payload_bytes || (packet->tcp_flags & (TCP_SYN | TCP_RST)) == TCP_SYN;
 
-		if (!admitted(skb, packet, begins_flow, settings)) {
+		if (!admitted(skb, work, begins_flow, settings)) {
 			counters->over_share += segments;
-			return last_level(settings);
+			work->level = last_level(settings);
+			return 0;
 		}
 		if (!begins_flow) {
 			counters->flowless += segments;
 			return 0;
 		}
-		flow = begin_flow(packet, &sender);
-		if (!flow)
-			return 0; /* cannot be: array maps always have their entries */
-		*fresh = 1;
+		flow = begin_flow(work);
 	} else if (packet->tcp_flags & TCP_SYN) {
-		if (!admitted(skb, packet, 1, settings)) {
+		if (!admitted(skb, work, 1, settings)) {
 			counters->over_share += segments;
-			return last_level(settings);
+			work->level = last_level(settings);
+			return 0;
 		}
 		if (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED) {
-			flow = restart_flow(packet, flow, &done, counters);
+			flow = restart_flow(packet, flow, &work->done, counters);
 			if (!flow) {
 				counters->insert_failed++;
 				return 0;
 			}
 		}
 	}
-	*entry = flow;
-	now_ns = sender.sent_ns ? sender.sent_ns : bpf_ktime_get_coarse_ns();
+	now_ns = reread(sender->sent_ns);
+	if (!now_ns)
+		now_ns = tick_ns(work);
 	see_flow(packet, flow, now_ns, counters);
 	__sync_fetch_and_add(&flow->packets, segments);
 	if (packet->tcp_flags & TCP_SYN)
 		flow->next_sequence = behind(packet);
 	if (!packet->payload_bytes)
-		goto at_the_top;
+		goto accounted;
 
 	if (packet->key.protocol == IPPROTO_TCP && packet->fragment != LATER_FRAGMENT) {
-		repeated = (__s32)(behind(packet) - flow->next_sequence) <= 0;
-		if (!repeated)
+		if ((__s32)(behind(packet) - flow->next_sequence) <= 0)
+			work->repeated = 1;
+		else
 			flow->next_sequence = behind(packet);
 	}
 	silent_ns = now_ns - flow->last_data_ns;
 	if ((__s64)silent_ns < 0)
 		silent_ns = 0;
 	if (silent_ns >= settings->quiet_ns)
-		begins = message_begins(flow, packet, repeated, &sender, silent_ns, settings, counters);
-	if (settings->use_hints && sender.known) {
+		work->begins = message_begins(flow, work, silent_ns, settings, counters);
+	if (settings->use_hints && sender->known) {
 		hint = find_hint(skb, packet);
 		if (hint && flow->hint_sequence != hint->sequence) {
 			flow->hint_sequence = hint->sequence;
-			begins = 1;
+			work->begins = 1;
 		}
 	}
-	if (begins)
-		begin_message(flow, now_ns, &done);
+	if (reread(work->begins))
+		begin_message(flow, now_ns, &work->done);
 	flow->last_data_ns += silent_ns;
 #if SEES_BACKLOG
-	if (sender.known && !repeated && !(flow->flags & FLOW_UNSENT) != (sender.written == behind(packet)))
+	if (sender->known && !reread(work->repeated) &&
+	    !(flow->flags & FLOW_UNSENT) != (sender->written == behind(packet)))
 		flow->flags ^= FLOW_UNSENT;
 #endif
 	attained_bytes = flow->attained_bytes;
 	__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
-	level = last_level(settings);
+	work->level = last_level(settings);
 	if (flow->flags & FLOW_SAW_MESSAGE)
-		level = level_of(settings, rank_of(attained_bytes, flow->next_sequence, packet, &sender, hint, settings));
-	if (flow->level != level) {
-		flow->level = level;
-		tell_if_long(flow, packet, &sender, attained_bytes, level, settings, counters);
+		work->level = level_of(settings, rank_of(attained_bytes, flow->next_sequence, packet, sender, hint, settings));
+	if (flow->level != reread(work->level)) {
+		flow->level = work->level;
+		tell_if_long(flow, work, attained_bytes, settings, counters);
 	}
 	if (flow->flags & FLOW_TURN) {
 		if (attained_bytes < flow->turn_ends_bytes)
-			goto at_the_top;
-		flow->flags &= ~FLOW_TURN;
+			work->level = 0;
+		else
+			flow->flags &= ~FLOW_TURN;
 	}
-	goto recorded;
-at_the_top:
-	level = 0;
-recorded:
-	if (done.bytes)
-		record_message(&done, counters);
-	return level;
+accounted:
+	if (reread(work->done.bytes))
+		record_message(&work->done, counters);
+	return flow;
 }

@@ -41,14 +41,15 @@ static __always_inline void tell_of(const struct flow_state *flow, const struct 
 	became_long.ringbuf_submit(told, 0);
 }
 
-/* `level`, which differs from the packet's before, is what bytes sent, written or announced come to. */
-static __always_inline void tell_if_long(struct flow_state *flow, const struct packet *packet,
-					 const struct sender *sender, __u64 attained_bytes, __u8 level,
+/* The level in `work`, which differs from the packet's before, is what bytes sent, written or announced come to. */
+static __always_inline void tell_if_long(struct flow_state *flow, const struct work *work, __u64 attained_bytes,
 					 const struct settings *settings, struct counters *counters)
 {
+	const struct packet *packet = &work->packet;
+	const struct sender *sender = &work->sender;
 	__u64 backlog_bytes = 0;
 
-	if (level != last_level(settings) || (flow->flags & (FLOW_SAW_MESSAGE | FLOW_TOLD)) != FLOW_SAW_MESSAGE ||
+	if (work->level != last_level(settings) || (flow->flags & (FLOW_SAW_MESSAGE | FLOW_TOLD)) != FLOW_SAW_MESSAGE ||
 	    is_excluded(flow))
 		return;
 	flow->flags |= FLOW_TOLD;

@@ -50,11 +50,13 @@ static __always_inline long write_dscp_ipv6(struct __sk_buff *skb, __u32 offset,
 }
 
 /* Gives the packet its level, unless it carries a DSCP that is to be respected. Packet pointers are stale after it. */
-static __always_inline void mark(struct __sk_buff *skb, const struct packet *packet, __u32 segments, __u8 level,
-				 int observe, const struct settings *settings, struct counters *counters)
+static __always_inline void mark(struct __sk_buff *skb, const struct work *work, __u32 segments,
+				 const struct settings *settings, struct counters *counters)
 {
-	__u8 dscp = settings->dscp[level & (MAX_LEVELS - 1)];
-	__u32 priority = settings->priority[level & (MAX_LEVELS - 1)];
+	const struct packet *packet = &work->packet;
+	__u32 level = reread(work->level) & (MAX_LEVELS - 1);
+	__u8 dscp = settings->dscp[level];
+	__u32 priority = settings->priority[level];
 	__u32 offset;
 
 	if (!settings->levels) {
@@ -65,9 +67,9 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 		counters->foreign_dscp += segments;
 		return;
 	}
-	counters->packets[level & (MAX_LEVELS - 1)] += segments;
-	counters->bytes[level & (MAX_LEVELS - 1)] += packet->payload_bytes;
-	if (settings->observe || observe) {
+	counters->packets[level] += segments;
+	counters->bytes[level] += packet->payload_bytes;
+	if (settings->observe || work->treatment == TREAT_OBSERVE) {
 		counters->observed += segments;
 		return;
 	}
@@ -75,7 +77,7 @@ static __always_inline void mark(struct __sk_buff *skb, const struct packet *pac
 		skb->priority = priority;
 	if (packet->dscp == dscp)
 		return;
-	offset = packet->network_offset & NETWORK_OFFSET_MASK;
+	offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
 	if (packet->ipv6 ? write_dscp_ipv6(skb, offset, dscp) : write_dscp_ipv4(skb, offset, dscp))
 		counters->write_failed++;
 }

@@ -60,12 +60,6 @@ static __always_inline __u32 histogram_bin(__u64 value)
 
 static __always_inline int is_excluded(const struct flow_state *flow); /* rules.h */
 
-/* A message that has just finished; bytes 0: none. */
-struct finished_message {
-	__u64 bytes;
-	__u64 duration_ns;
-};
-
 /* The message that a flow has sent up to now. One whose start was not seen has no size to tell, and flows that a rule
  * excludes are not told of. */
 static __always_inline void finish_message(const struct flow_state *flow, struct finished_message *done)
@@ -119,12 +113,13 @@ static __always_inline int is_starved(const struct flow_state *flow, __u64 silen
 }
 
 /* A packet with payload after a silence worth a closer look: whether a message begins with it, or else a turn. */
-static __always_inline int message_begins(struct flow_state *flow, const struct packet *packet, int repeated,
-					  const struct sender *sender, __u64 silent_ns,
+static __always_inline int message_begins(struct flow_state *flow, const struct work *work, __u64 silent_ns,
 					  const struct settings *settings, struct counters *counters)
 {
+	const struct packet *packet = &work->packet;
+	const struct sender *sender = &work->sender;
 	__u64 gap_ns = settings->blind_gap_ns;
-	int nothing_left = !repeated;
+	int nothing_left = !work->repeated;
 
 	if (flow->flags & FLOW_ENDED)
 		return 0;
@@ -133,7 +128,7 @@ static __always_inline int message_begins(struct flow_state *flow, const struct 
 		gap_ns = (__u64)sender->srtt_us * (2 * NS_PER_US / 8);
 		if (gap_ns < settings->gap_ns)
 			gap_ns = settings->gap_ns;
-		nothing_left = !repeated && sender->una == packet->sequence && !(flow->flags & FLOW_UNSENT);
+		nothing_left = nothing_left && sender->una == packet->sequence && !(flow->flags & FLOW_UNSENT);
 	}
 	if (nothing_left && silent_ns >= gap_ns)
 		return 1;

@@ -7,6 +7,10 @@
  * Whatever is not certainly that is refused with a reason, never guessed at. A fragment is told apart: its first one
  * has ports, later ones only an identification (fragment.h makes the connection).
  *
+ * The packet at work is kept in a map, one per CPU, and not on the stack: the verifier follows every value on the stack
+ * and walks the rest of the program once for each way that led there, but knows nothing of values in maps. So all ways
+ * become one behind Ethernet, behind IP and behind TCP or UDP. `reread` is where that happens.
+ *
  * Reads packet memory directly. Where the headers are not in linear memory, `parse` says NEEDS_PULL and the caller
  * brings them there first; that is rare, as local sockets always put headers into linear memory. Extension headers
  * are rare, too, and read through a helper, which finds them wherever they are.
@@ -15,14 +19,17 @@
 
 #define VLAN_TAGS 2 /* 802.1ad and 802.1Q; a tag that the kernel keeps beside the packet comes on top */
 #define VLAN_TAG_BYTES 4
-#define NETWORK_OFFSET_MASK 31 /* no IP header begins behind that: tells the verifier what it forgets in memory */
+#define NETWORK_OFFSET_MASK 31 /* no IP header begins behind that: tells the verifier what it has forgotten */
+#define TRANSPORT_OFFSET_MASK 511 /* the same for TCP and UDP headers */
 #define EXTENSION_HEADERS 6 /* all kinds once; a packet with more is refused */
 #define MAX_EXTENSION_BYTES 256
-#define EXTENSION_BYTES_MASK 0x1fc /* changes no length: makes them all alike to the verifier, whatever led there */
 
 /* Ethernet, tags, the longest IP header (60 for IPv4), the longest TCP header. */
 #define MAX_HEADER_BYTES (ETH_HLEN + VLAN_TAGS * VLAN_TAG_BYTES + 40 + MAX_EXTENSION_BYTES + 60)
 #define NEEDS_PULL (-1)
+
+/* The value as it is in memory, not as compiler or verifier remember it. */
+#define reread(place) (*(volatile __typeof__(place) *)&(place))
 
 #define IPV4_MORE_FRAGMENTS 0x2000
 #define IPV4_OFFSET_MASK 0x1fff
@@ -54,19 +61,21 @@ struct packet {
 	__u32 payload_bytes;  /* of all GSO segments together */
 	__u32 sequence;       /* TCP: of the first payload byte, or of the SYN */
 	__u32 fragment_id;    /* identification, where `fragment` is not WHOLE */
-	__u16 network_offset; /* of the IP header */
-	__u8 tcp_flags;       /* 0 for UDP and later fragments */
+	__u32 transport_bytes; /* what the IP headers say follows them; of GSO packets no guide */
+	__u16 network_offset;   /* of the IP header */
+	__u16 transport_offset; /* of the TCP or UDP header */
+	__u8 tcp_flags;         /* 0 for UDP and later fragments */
 	__u8 dscp;
 	__u8 ipv6;
 	__u8 fragment; /* enum fragment */
 };
 
-/* Transport header at `offset`; `ip_payload_bytes` is what the IP headers say follows there. */
-static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet, __u32 offset,
-					   __u32 ip_payload_bytes)
+static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *packet)
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
+	__u32 offset = reread(packet->transport_offset) & TRANSPORT_OFFSET_MASK;
+	__u32 ip_payload_bytes = reread(packet->transport_bytes);
 	__u32 header_bytes = sizeof(struct udphdr);
 
 	/* A GSO packet carries one set of headers and the payload of all segments; its IP length is no guide
@@ -76,11 +85,11 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	else if (skb->len < offset + ip_payload_bytes)
 		return MALFORMED;
 
-	if (packet->fragment == LATER_FRAGMENT) {
+	if (reread(packet->fragment) == LATER_FRAGMENT) {
 		packet->payload_bytes = ip_payload_bytes;
 		return PARSED;
 	}
-	if (packet->key.protocol == IPPROTO_TCP) {
+	if (reread(packet->key.protocol) == IPPROTO_TCP) {
 		struct tcphdr *tcp = data + offset;
 		__u8 *bytes = data + offset;
 
@@ -111,7 +120,8 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	struct iphdr *ip = data + packet->network_offset;
+	__u32 offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
+	struct iphdr *ip = data + offset;
 	__u32 header_bytes, total_bytes;
 	__u16 fragment_bits;
 
@@ -137,7 +147,9 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	packet->key.destination[3] = ip->daddr;
 	packet->key.protocol = ip->protocol;
 	packet->dscp = ip->tos >> 2;
-	return parse_transport(skb, packet, packet->network_offset + header_bytes, total_bytes - header_bytes);
+	packet->transport_offset = offset + header_bytes;
+	packet->transport_bytes = total_bytes - header_bytes;
+	return PARSED;
 }
 
 /* What every extension header starts with, and all of a fragment header. */
@@ -156,18 +168,19 @@ static __always_inline int is_extension_header(__u8 next_header)
 	       next_header == 60 || next_header == 135 || next_header == 139 || next_header == 140;
 }
 
-/* Moves `offset` behind the extension headers and `next_header` to what is there. */
-static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct packet *packet, __u8 *next_header,
-						  __u32 *offset)
+/* Moves the packet's transport header behind the extension headers, and its protocol to what is there. */
+static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct packet *packet)
 {
+	__u32 begin = reread(packet->transport_offset), skipped_bytes;
 	struct extension header;
-	__u32 at = *offset, skipped_bytes;
-	__u8 next = *next_header;
 	int i;
 
-#pragma unroll
+#pragma nounroll
 	for (i = 0; i < EXTENSION_HEADERS; i++) {
-		if (!is_extension_header(next) || packet->fragment == LATER_FRAGMENT)
+		__u8 next = reread(packet->key.protocol);
+		__u32 at = reread(packet->transport_offset);
+
+		if (!is_extension_header(next) || reread(packet->fragment) == LATER_FRAGMENT)
 			break;
 		if (next == IPPROTO_ESP)
 			return EXTENSION_HEADER; /* what follows is encrypted */
@@ -184,13 +197,16 @@ static __always_inline int skip_extension_headers(struct __sk_buff *skb, struct 
 		} else {
 			at += next == IPPROTO_AH ? (header.length + 2) * 4 : (header.length + 1) * 8;
 		}
-		next = header.next_header;
+		packet->transport_offset = at;
+		packet->key.protocol = header.next_header;
 	}
-	skipped_bytes = at - *offset;
-	if (skipped_bytes > MAX_EXTENSION_BYTES || (is_extension_header(next) && packet->fragment != LATER_FRAGMENT))
+	skipped_bytes = reread(packet->transport_offset) - begin;
+	if (skipped_bytes > MAX_EXTENSION_BYTES ||
+	    (is_extension_header(reread(packet->key.protocol)) && reread(packet->fragment) != LATER_FRAGMENT))
 		return EXTENSION_HEADER; /* more than anybody sends */
-	*next_header = next;
-	*offset += skipped_bytes & EXTENSION_BYTES_MASK;
+	if (!skb->gso_size && packet->transport_bytes < skipped_bytes)
+		return MALFORMED;
+	packet->transport_bytes -= skipped_bytes;
 	return PARSED;
 }
 
@@ -198,9 +214,9 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	struct ipv6hdr *ip = data + packet->network_offset;
-	__u32 offset = packet->network_offset + sizeof(*ip), payload_bytes;
-	__u8 next_header;
+	__u32 offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
+	struct ipv6hdr *ip = data + offset;
+	__u8 protocol;
 	int i, result;
 
 	if ((void *)(ip + 1) > data_end)
@@ -214,23 +230,18 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 	}
 	packet->dscp = (bpf_ntohs(*(__be16 *)ip) >> 6) & 0x3f;
 	packet->ipv6 = 1;
-	next_header = ip->nexthdr;
-	payload_bytes = bpf_ntohs(ip->payload_len);
-	if (is_extension_header(next_header)) {
-		__u32 behind = offset;
-
-		result = skip_extension_headers(skb, packet, &next_header, &behind);
+	packet->key.protocol = ip->nexthdr;
+	packet->transport_offset = offset + sizeof(*ip);
+	packet->transport_bytes = bpf_ntohs(ip->payload_len);
+	if (is_extension_header(packet->key.protocol)) {
+		result = skip_extension_headers(skb, packet);
 		if (result != PARSED)
 			return result;
-		if (behind > offset + MAX_EXTENSION_BYTES || (!skb->gso_size && payload_bytes < behind - offset))
-			return MALFORMED;
-		payload_bytes -= behind - offset;
-		offset = behind;
 	}
-	if (next_header != IPPROTO_TCP && next_header != IPPROTO_UDP && packet->fragment != LATER_FRAGMENT)
+	protocol = reread(packet->key.protocol);
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && reread(packet->fragment) != LATER_FRAGMENT)
 		return OTHER_PROTOCOL;
-	packet->key.protocol = next_header;
-	return parse_transport(skb, packet, offset, payload_bytes);
+	return PARSED;
 }
 
 static __always_inline int is_vlan_tag(__be16 ethertype)
@@ -245,7 +256,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet)
 	void *data_end = (void *)(long)skb->data_end;
 	struct ethhdr *ethernet = data;
 	__be16 ethertype;
-	int i;
+	int i, result;
 
 	if ((void *)(ethernet + 1) > data_end)
 		return NEEDS_PULL;
@@ -263,10 +274,12 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet)
 		packet->network_offset += VLAN_TAG_BYTES;
 	}
 	if (ethertype == bpf_htons(ETH_P_IP))
-		return parse_ipv4(skb, packet);
-	if (ethertype == bpf_htons(ETH_P_IPV6))
-		return parse_ipv6(skb, packet);
-	return is_vlan_tag(ethertype) ? VLAN : NOT_IP;
+		result = parse_ipv4(skb, packet);
+	else if (ethertype == bpf_htons(ETH_P_IPV6))
+		result = parse_ipv6(skb, packet);
+	else
+		result = is_vlan_tag(ethertype) ? VLAN : NOT_IP;
+	return result == PARSED ? parse_transport(skb, packet) : result;
 }
 
 /* As `parse`, after bringing the headers into linear memory where they are not. */
@@ -278,6 +291,7 @@ static __always_inline int parse_anywhere(struct __sk_buff *skb, struct packet *
 	for (attempt = 0; attempt < 2; attempt++) {
 		__u32 wanted_bytes = skb->len;
 
+		__builtin_memset(packet, 0, sizeof(*packet));
 		result = parse(skb, packet);
 		if (result != NEEDS_PULL)
 			return result;
@@ -287,7 +301,6 @@ static __always_inline int parse_anywhere(struct __sk_buff *skb, struct packet *
 			wanted_bytes = MAX_HEADER_BYTES;
 		if (bpf_skb_pull_data(skb, wanted_bytes))
 			return UNREADABLE;
-		__builtin_memset(packet, 0, sizeof(*packet));
 	}
 	return MALFORMED;
 }

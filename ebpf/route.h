@@ -50,13 +50,13 @@ static __always_inline int is_usable(const struct steering *steering, __u32 numb
 }
 
 /* The route the packet takes: the one wanted, or the one it has until there is a gap. */
-static __always_inline __u32 choose_route(const struct packet *packet, struct flow_state *flow, __u32 wanted,
-					  __u32 segments, const struct steering *steering,
-					  struct counters *counters)
+static __always_inline __u32 choose_route(struct work *work, struct flow_state *flow, __u32 segments,
+					  const struct steering *steering, struct counters *counters)
 {
-	__u64 time_ns = now_ns(flow);
+	const struct packet *packet = &work->packet;
+	__u64 time_ns = now_ns(work, flow);
 	__u32 now_ms = time_ns / NS_PER_MS, silent_ms = now_ms - flow->routed_ms;
-	__u32 route = flow->route;
+	__u32 route = flow->route, wanted = work->route;
 
 	if (wanted && !is_usable(steering, wanted, time_ns)) {
 		counters->route_unusable += segments;
@@ -116,18 +116,18 @@ static __always_inline int label_flow(struct __sk_buff *skb, const struct packet
 }
 
 /* Sends the packet on its flow's route; returns the program's verdict. Packet pointers are stale after it. */
-static __always_inline int take_route(struct __sk_buff *skb, const struct packet *packet, struct flow_state *flow,
-				      __u32 wanted, __u32 segments, const struct steering *steering,
-				      struct counters *counters)
+static __always_inline int take_route(struct __sk_buff *skb, struct work *work, struct flow_state *flow, __u32 segments,
+				      const struct steering *steering, struct counters *counters)
 {
+	const struct packet *packet = &work->packet;
 	struct bpf_redir_neigh neighbour = {};
 	struct route *route;
 	__u32 number, flags;
 	int i;
 
-	if (!wanted && !flow->route)
+	if (!work->route && !flow->route)
 		return TC_ACT_UNSPEC;
-	number = choose_route(packet, flow, wanted, segments, steering, counters) & (MAX_ROUTES - 1);
+	number = choose_route(work, flow, segments, steering, counters) & (MAX_ROUTES - 1);
 	route = number ? routes.lookup(&number) : 0;
 	if (!route)
 		return TC_ACT_UNSPEC;

@@ -10,6 +10,7 @@
 #pragma once
 
 #define TCP_ESTABLISHED_STATE 1
+#define TCP_CLOSE_STATE 7
 #define TCP_CLOSE_WAIT_STATE 8
 
 struct sender {
@@ -27,13 +28,13 @@ struct sender {
 
 static __always_inline void ask_socket(struct __sk_buff *skb, const struct packet *packet, struct sender *sender)
 {
-	struct bpf_sock *socket;
+	struct bpf_sock *socket = skb->sk;
 	struct tcp_sock *tcp;
 
-	if (packet->key.protocol != IPPROTO_TCP)
-		return;
-	socket = skb->sk;
-	if (!socket)
+	sender->known = 0;
+	sender->sent_ns = 0;
+	/* Saves the call for raw sockets and for what a closed connection still sends. */
+	if (!socket || packet->key.protocol != IPPROTO_TCP || socket->state == TCP_CLOSE_STATE)
 		return;
 	tcp = bpf_skc_to_tcp_sock(socket);
 	if (!tcp)
@@ -50,13 +51,12 @@ static __always_inline void ask_socket(struct __sk_buff *skb, const struct packe
 
 static __always_inline void ask_socket(struct __sk_buff *skb, const struct packet *packet, struct sender *sender)
 {
-	struct bpf_sock *socket;
+	struct bpf_sock *socket = skb->sk;
 	struct bpf_tcp_sock *tcp;
 
-	if (packet->key.protocol != IPPROTO_TCP)
-		return;
-	socket = skb->sk;
-	if (!socket)
+	sender->known = 0;
+	sender->sent_ns = 0;
+	if (!socket || packet->key.protocol != IPPROTO_TCP || socket->state == TCP_CLOSE_STATE)
 		return;
 	socket = bpf_sk_fullsock(socket);
 	if (!socket)

@@ -27,13 +27,6 @@ union verdict {
 /* Key: 5-tuple. Value: its verdict. */
 BPF_F_TABLE("hash", struct flow_key, __u64, verdicts, MAX_VERDICTS, BPF_F_NO_PREALLOC);
 
-/* What a packet gets. */
-struct steered {
-	__u8 level;
-	__u8 treatment;
-	__u8 route; /* wanted; 0: the kernel's */
-};
-
 static __always_inline __u64 look_up_verdict(const struct packet *packet, __u16 generation)
 {
 	union verdict verdict = {};
@@ -49,28 +42,29 @@ static __always_inline __u64 look_up_verdict(const struct packet *packet, __u16 
 }
 
 /* The time at which this packet was accounted: its flow has it already, unless it has ended. */
-static __always_inline __u64 now_ns(const struct flow_state *flow)
+static __always_inline __u64 now_ns(struct work *work, const struct flow_state *flow)
 {
-	return flow->flags & FLOW_ENDED ? bpf_ktime_get_coarse_ns() : flow->last_seen_ns;
+	return flow->flags & FLOW_ENDED ? tick_ns(work) : flow->last_seen_ns;
 }
 
-/* `level` is what the thresholds say; `flow` may be nothing (a packet that has no entry and makes none). */
-static __always_inline struct steered steer(struct __sk_buff *skb, const struct packet *packet,
-					    struct flow_state *flow, __u8 level, const struct settings *settings,
-					    const struct steering *steering)
+/* Lets rules and verdict have their say on what the thresholds gave; `flow` may be nothing (`account`). */
+static __always_inline void steer(struct __sk_buff *skb, struct work *work, struct flow_state *flow,
+				  const struct settings *settings, const struct steering *steering)
 {
-	struct steered steered = {.level = level};
+	const struct packet *packet = &work->packet;
 	__u32 rules_generation = *(volatile __u32 *)&steering->rules_generation;
 	__u16 verdict_generation = *(volatile __u32 *)&steering->verdict_generation;
 	union kept_outcome rules = {}, no_rule = {.generation = rules_generation};
 	union verdict verdict = {}, no_verdict = {.generation = verdict_generation};
 
+	work->treatment = TREAT_SCHEDULE;
+	work->route = 0;
 	if (flow) {
 		rules.word = *(volatile __u64 *)&flow->rules;
 		verdict.word = *(volatile __u64 *)&flow->verdict;
 		/* Nearly every packet: it has been asked, and there is nothing. */
 		if (rules.word == no_rule.word && verdict.word == no_verdict.word)
-			return steered;
+			return;
 	}
 	if (rules.generation != rules_generation) {
 		rules.word = 0;
@@ -84,22 +78,21 @@ static __always_inline struct steered steer(struct __sk_buff *skb, const struct 
 		*(volatile __u64 *)&flow->verdict = verdict.word;
 	}
 	if (!rules.rule && !verdict.until_s)
-		return steered;
+		return;
 
-	steered.treatment = rules.treatment;
-	steered.route = rules.route;
-	if (verdict.until_s && now_ns(flow) < verdict.until_s * NS_PER_S) {
+	work->treatment = rules.treatment;
+	work->route = rules.route;
+	if (verdict.until_s && now_ns(work, flow) < verdict.until_s * NS_PER_S) {
 		/* Packets without payload stay on top: they are small, and the other side waits for them. */
 		if (verdict.level && packet->payload_bytes)
-			steered.level = verdict.level - 1;
-		if (!steered.route)
-			steered.route = verdict.route;
+			work->level = verdict.level - 1;
+		if (!work->route)
+			work->route = verdict.route;
 	}
 	if (rules.level)
-		steered.level = rules.level - 1;
-	if (steered.level > last_level(settings))
-		steered.level = last_level(settings);
-	if (flow && packet->payload_bytes && flow->level != steered.level)
-		flow->level = steered.level;
-	return steered;
+		work->level = rules.level - 1;
+	if (work->level > last_level(settings))
+		work->level = last_level(settings);
+	if (flow && packet->payload_bytes && flow->level != work->level)
+		flow->level = work->level;
 }
