@@ -45,17 +45,18 @@ def measure(repeat: int, rounds: int) -> dict[str, Any]:
     from fabricpilot.config import Rule
     from fabricpilot.wire import FlowVerdict
     from hostagent.datapath import bpf_syscall as bpf
-    from hostagent.datapath.bench import _RETURN_UNSPEC, _TCP_ACK, _TCP_SYN, _frame, _settings
+    from hostagent.datapath.bench import settings
+    from hostagent.datapath.bench_visit import ACK, DATA, SYN
     from hostagent.datapath.ebpf import EbpfDatapath
     from hostagent.datapath.rules import compile_rules, parse_rules
     from hostagent.datapath.steering import ROUTE_DTYPE, ROUTE_IPV4, Steering
 
     datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-bench-{os.getpid()}"), 131_072)
     try:
-        datapath.apply(_settings())
+        datapath.apply(settings())
         control = Steering(datapath)
         program = bpf.obj_get(datapath.pin_dir / "egress")
-        empty = bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, _RETURN_UNSPEC)
+        empty = bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, bpf.RETURN_UNSPEC)
 
         def ruled(rules: list[Rule]) -> Callable[[], None]:
             parsed = parse_rules(rules, 8, range(32))
@@ -88,25 +89,24 @@ def measure(repeat: int, rounds: int) -> dict[str, Any]:
             )
             for i in range(64)
         ]
-        data, bare = _frame(_TCP_ACK, 1448), _frame(_TCP_ACK, 0)
-        other = bytearray(bare)
+        other = bytearray(ACK)
         other[34:36] = b"\x9c\x41"  # another source port: a flow that has no entry
         unknown = bytes(other)
         cases: dict[str, Case] = {
-            "hit, no rules": (control.clear, data),
-            "hit, 64 rules, none matches": (ruled(many), data),
-            "hit, pinned": (ruled([Rule(action="pin", level=3)]), data),
-            "hit, verdict": (with_verdict(0), data),
-            "hit, verdict with route": (with_verdict(1), data),
+            "hit, no rules": (control.clear, DATA),
+            "hit, 64 rules, none matches": (ruled(many), DATA),
+            "hit, pinned": (ruled([Rule(action="pin", level=3)]), DATA),
+            "hit, verdict": (with_verdict(0), DATA),
+            "hit, verdict with route": (with_verdict(1), DATA),
             "unknown, no rules": (control.clear, unknown),
             "unknown, 1 rule, protocol": (ruled([Rule(action="observe", protocol="udp")]), unknown),
             "unknown, 1 rule, network": (ruled([Rule(action="observe", destination=["10.9.0.0/16"])]), unknown),
             "unknown, 64 rules": (ruled(many), unknown),
         }
-        bpf.prog_test_run(program, _frame(_TCP_SYN, 0))
+        bpf.prog_test_run(program, SYN)
         taken: dict[str, list[int]] = {name: [] for name in ("empty", *cases)}
         for _ in range(rounds):
-            taken["empty"].append(bpf.prog_test_run(empty, data, repeat=repeat)[3])
+            taken["empty"].append(bpf.prog_test_run(empty, DATA, repeat=repeat)[3])
             for name, (set_up, frame) in cases.items():
                 set_up()
                 settled = bpf.prog_test_run(program, frame, repeat=1000)[1]

@@ -34,6 +34,7 @@ _MAP_UPDATE_BATCH: Final = 26
 _MAP_DELETE_BATCH: Final = 27
 _LINK_CREATE: Final = 28
 _LINK_UPDATE: Final = 29
+_ENABLE_STATS: Final = 32
 
 # enum bpf_map_type
 MAP_TYPE_HASH: Final = 1
@@ -127,6 +128,10 @@ class _LinkUpdate(ctypes.Structure):  # BPF_LINK_UPDATE
     )
 
 
+class _EnableStats(ctypes.Structure):  # BPF_ENABLE_STATS
+    _fields_ = (("type", ctypes.c_uint32),)
+
+
 class _TestRun(ctypes.Structure):  # BPF_PROG_TEST_RUN
     _fields_ = (
         ("prog_fd", ctypes.c_uint32),
@@ -207,6 +212,22 @@ def prog_id(fd: int) -> int:
     return int(_info(fd)[1])  # struct bpf_prog_info: type, id, tag ...
 
 
+def prog_verified(fd: int) -> int:
+    """How many instructions the verifier walked to accept a program; 0 before Linux 5.16, which does not tell."""
+    return int(_info(fd)[54])
+
+
+def run_time(fd: int) -> tuple[int, int]:
+    """Nanoseconds a program has run and how often, while `enable_run_time_stats` was in force."""
+    nanoseconds, runs = _info(fd)[48:52].view(np.uint64)
+    return int(nanoseconds), int(runs)
+
+
+def enable_run_time_stats() -> int:
+    """Let the kernel measure all programs until the descriptor returned is closed; each run then costs more."""
+    return _bpf(_ENABLE_STATS, _EnableStats(0))
+
+
 def map_sizes(fd: int) -> tuple[int, int, int]:
     """Key size, value size and max_entries of a map."""
     words = _info(fd)  # struct bpf_map_info: type, id, key_size, value_size, max_entries ...
@@ -232,7 +253,7 @@ def tcx_egress_programs(ifindex: int) -> int:
 
 
 def _info(fd: int) -> npt.NDArray[np.uint32]:
-    words = np.zeros(20, np.uint32)
+    words = np.zeros(56, np.uint32)  # what is behind the kernel's own struct stays 0
     _bpf(_OBJ_GET_INFO_BY_FD, _Info(fd, words.nbytes, _address(words)))
     return words
 

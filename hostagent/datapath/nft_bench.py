@@ -8,31 +8,27 @@
 Everything happens in network namespaces of its own, which end with the process.
 """
 
-import ctypes
 import json
-import os
 import shutil
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
 
-_CLONE_NEWNET: Final = 0x40000000
+from hostagent.datapath import bench_wire as net
+
 _PACKETS_PER_ROUND: Final = 50_000
 _DATAGRAM: Final = bytes(200)
-_OURS, _THEIRS = "10.7.0.1", "10.7.0.2"
 _CONNTRACK_ALONE: Final = """
 add table inet bench
 add chain inet bench c { type filter hook postrouting priority 0; }
 add rule inet bench c ct state invalid accept
 """
 # What people write by hand for the same end: levels by bytes, DSCP and priority.
-_PLAIN_RULES: Final = """
+PLAIN_RULES: Final = """
 add table inet bench
 add chain inet bench l0
 add chain inet bench l1
@@ -76,10 +72,7 @@ def measure(rounds: int, flows: int, seconds: int) -> dict[str, Any]:
     Raises:
         KernelError: no right to make one, or no netfilter.
     """
-    from fabricpilot.errors import KernelError
-
-    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
-        raise KernelError(f"no new network namespace: {os.strerror(ctypes.get_errno())}; run it as root")
+    net.enter_own_namespace()
     bulk = _bulk(rounds, seconds) if shutil.which("iperf3") else None
     _make_sink()
     per_packet = _per_packet(rounds)
@@ -109,7 +102,7 @@ def _make_sink() -> None:
     with IPRoute() as ipr:
         ipr.link("add", ifname="sink", kind="ifb")
         index = ipr.link_lookup(ifname="sink")[0]
-        ipr.addr("add", index=index, address=_OURS, prefixlen=16)
+        ipr.addr("add", index=index, address=net.OURS, prefixlen=16)
         ipr.link("set", index=index, state="up")
 
 
@@ -137,7 +130,7 @@ def _per_packet(rounds: int) -> dict[str, int]:
     cases: dict[str, Callable[[], Callable[[], None]]] = {
         "bare": lambda: lambda: None,
         "conntrack": with_rules(_CONNTRACK_ALONE),
-        "plain_rules": with_rules(_PLAIN_RULES),
+        "plain_rules": with_rules(PLAIN_RULES),
         "datapath": with_datapath,
     }
     fastest = dict.fromkeys(cases, float("inf"))
@@ -152,7 +145,7 @@ def _per_packet(rounds: int) -> dict[str, int]:
 def _send_ns() -> float:
     """CPU nanoseconds of this process per datagram sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
-        sending.connect((_THEIRS, 9))
+        sending.connect((net.THEIRS, 9))
         send = sending.send
         begin = time.process_time_ns()
         for _ in range(_PACKETS_PER_ROUND):
@@ -184,57 +177,18 @@ def _read(rounds: int, flows: int) -> dict[str, Any]:
     return {"read": read, "apply_ms": round(apply_ms, 1)}
 
 
-_SERVER: Final = """
-import ctypes, os, sys
-assert ctypes.CDLL(None).unshare(0x40000000) == 0
-print(flush=True)
-sys.stdin.readline()
-os.execvp("iperf3", ["iperf3", "-s"])
-"""
-
-
 def _bulk(rounds: int, seconds: int) -> dict[str, float]:
-    from pyroute2 import IPRoute
-
-    server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    try:
-        server.stdout.readline()
-        peer = {"ifname": "bulk", "net_ns_fd": f"/proc/{server.pid}/ns/net"}
-        with IPRoute() as here:
-            here.link("add", ifname="bulk", kind="veth", peer=peer)
-        with IPRoute() as here, IPRoute(netns=f"/proc/{server.pid}/ns/net") as there:
-            for ipr, address in ((here, _OURS), (there, _THEIRS)):
-                index = ipr.link_lookup(ifname="bulk")[0]
-                ipr.addr("add", index=index, address=address, prefixlen=24)
-                ipr.link("set", index=index, state="up")
-        server.stdin.write(b"\n")
-        server.stdin.flush()
-        time.sleep(0.5)
+    with net.wire():
         rates: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(rounds):
             for scheduled, found in rates.items():
-                datapath = _attached("bulk") if scheduled else None
-                found.append(_iperf_gbps(seconds))
+                datapath = _attached(net.INTERFACE) if scheduled else None
+                found.append(net.bulk_gbps(seconds))
                 if datapath is not None:
                     datapath.detach()
                     datapath.close()
-        with IPRoute() as here:
-            here.link("del", index=here.link_lookup(ifname="bulk")[0])
-    finally:
-        server.kill()
-        server.wait()
     bare, scheduled_rate = statistics.median(rates[False]), statistics.median(rates[True])
     return {"bare_gbps": bare, "datapath_gbps": scheduled_rate, "ratio": round(scheduled_rate / bare, 3)}
-
-
-def _iperf_gbps(seconds: int) -> float:
-    command = ["iperf3", "-c", _THEIRS, "-t", str(seconds), "-J"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 20)
-    return float(json.loads(done.stdout)["end"]["sum_sent"]["bits_per_second"]) / 1e9
 
 
 if __name__ == "__main__":

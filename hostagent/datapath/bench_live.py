@@ -1,0 +1,172 @@
+"""Real connections over a veth pair, with the data path and with what people use in its place (`bench dataplane`).
+
+    bare         nothing in the way: what the others are compared with
+    fabricpilot  the egress program, backlog mode
+    nftables     four levels by `ct original bytes`, DSCP and priority: the rules people write by hand (nft_bench.py)
+    u32          a plain tc filter that matches the DSCP; it writes one where the kernel has act_pedit
+
+Variants take turns within a round, so that noise meets all of them; ratios are taken within a round, and the median of
+the rounds counts. The cost per packet of real sockets is the kernel's own account of run time (BPF_ENABLE_STATS)
+net of an empty program on the same hook and packets: "udp" has no socket to ask, "tcp" asks it and ranks by bytes sent,
+"backlog" ranks by what was written.
+"""
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from hostagent.datapath import bench_wire as net
+
+_REQUESTS: Final = 1500
+_REQUEST: Final = bytes(100)
+_SMALL_SENDS: Final = 20_000
+_BEHIND_OURS: Final = 60  # preference of the empty program's filter
+
+
+def measure(rounds: int, seconds: int) -> dict[str, Any]:
+    """All figures; the process is in a network namespace of its own afterwards.
+
+    Args:
+        rounds: how often each variant gets its turn.
+        seconds: length of a bulk transfer.
+
+    Raises:
+        KernelError: no right to make a network namespace, no bpf(2), no bcc or no netfilter here.
+    """
+    from hostagent.datapath.bench import settings
+    from hostagent.datapath.ebpf import EbpfDatapath
+
+    net.enter_own_namespace()
+    datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-live-{os.getpid()}"), 131_072)
+    try:
+        datapath.apply(replace(settings(), use_backlog=True))
+        with net.wire():
+            variants = _variants(datapath)
+            rates: dict[str, list[float]] = {name: [] for name in variants}
+            answers: dict[str, list[float]] = {name: [] for name in variants}
+            for _ in range(rounds):
+                for name, install in variants.items():
+                    remove = install()
+                    rates[name].append(net.bulk_gbps(seconds))
+                    answers[name].append(_round_trip_us())
+                    remove()
+            return {
+                "throughput_ratio": _ratios(rates),
+                "rr_latency_ratio": _ratios(answers),
+                "bare_gbps": round(statistics.median(rates["bare"]), 2),
+                "bare_rr_us": round(statistics.median(answers["bare"]), 1),
+                "ns_per_packet": _sockets(datapath),
+            }
+    finally:
+        datapath.detach()
+        datapath.close()
+
+
+def _ratios(values: dict[str, list[float]]) -> dict[str, float]:
+    return {
+        name: round(statistics.median(value / bare for value, bare in zip(found, values["bare"], strict=True)), 3)
+        for name, found in values.items()
+        if name != "bare"
+    }
+
+
+def _variants(datapath: Any) -> dict[str, Callable[[], Callable[[], None]]]:
+    """How to install each variant; that returns how to remove it again."""
+    from hostagent.datapath.nft_bench import PLAIN_RULES
+    from hostagent.datapath.nft_library import Nft
+
+    nft = Nft()
+
+    def schedule() -> Callable[[], None]:
+        datapath.attach(net.INTERFACE)
+        return lambda: datapath.release([net.INTERFACE])
+
+    def rule_set() -> Callable[[], None]:
+        nft.run(PLAIN_RULES, "installing rules to compare with")
+        return lambda: nft.run("delete table inet bench", "removing them")
+
+    def filter_u32() -> Callable[[], None]:
+        _tc("qdisc", "add", "dev", net.INTERFACE, "clsact")
+        match = ("filter", "add", "dev", net.INTERFACE, "egress", "protocol", "ip", "prio", "1", "u32")
+        by_dscp = ("match", "ip", "dsfield", "0", "0xfc")
+        if not _tc(*match, *by_dscp, "action", "pedit", "ex", "munge", "ip", "tos", "set", "0x20", check=False):
+            _tc(*match, *by_dscp, "flowid", "1:1")
+
+        def remove() -> None:
+            _tc("qdisc", "del", "dev", net.INTERFACE, "clsact")
+
+        return remove
+
+    return {"bare": lambda: lambda: None, "fabricpilot": schedule, "nftables": rule_set, "u32": filter_u32}
+
+
+def _tc(*arguments: str, check: bool = True) -> bool:
+    return subprocess.run(["tc", *arguments], capture_output=not check, check=check, timeout=10).returncode == 0
+
+
+def _round_trip_us() -> float:
+    """Median time of a small request and its answer on one connection."""
+    taken = []
+    with net.connected(net.ECHO_PORT) as connection:
+        for _ in range(_REQUESTS):
+            began = time.perf_counter_ns()
+            connection.sendall(_REQUEST)
+            connection.recv(len(_REQUEST))
+            taken.append(time.perf_counter_ns() - began)
+    return statistics.median(taken) / 1000
+
+
+def _sockets(datapath: Any) -> dict[str, int]:
+    """Net nanoseconds per packet of real sockets' small packets."""
+    import socket
+
+    from pyroute2 import IPRoute
+
+    from hostagent.datapath import bpf_syscall as bpf
+    from hostagent.datapath.bench import settings
+
+    def udp() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+            sending.connect((net.THEIRS, net.SINK_PORT + 1))
+            for _ in range(_SMALL_SENDS):
+                try:
+                    sending.send(_REQUEST)
+                except ConnectionRefusedError:  # nobody listens; it was sent all the same
+                    sending.send(_REQUEST)
+
+    def tcp() -> None:
+        with net.connected(net.SINK_PORT) as sending:
+            for _ in range(_SMALL_SENDS):
+                sending.sendall(_REQUEST)
+
+    ours = bpf.obj_get(datapath.pin_dir / "egress")
+    empty = bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, bpf.RETURN_UNSPEC)
+    counting = bpf.enable_run_time_stats()
+    datapath.attach(net.INTERFACE)
+    found: dict[str, list[float]] = {}
+    try:
+        with closing(IPRoute()) as ipr:
+            index = ipr.link_lookup(ifname=net.INTERFACE)[0]
+            ipr.tc(
+                "add-filter", "bpf", index, ":1", fd=empty, name="empty", parent="ffff:fff3", prio=_BEHIND_OURS,
+                direct_action=True,
+            )  # fmt: skip
+        for _ in range(5):
+            for name, send, backlog in (("udp", udp, False), ("tcp", tcp, False), ("backlog", tcp, True)):
+                datapath.apply(replace(settings(), use_backlog=backlog))
+                before = [bpf.run_time(fd) for fd in (ours, empty)]
+                send()
+                after = [bpf.run_time(fd) for fd in (ours, empty)]
+                of_ours, of_empty = ((a[0] - b[0]) / (a[1] - b[1]) for a, b in zip(after, before, strict=True))
+                found.setdefault(name, []).append(of_ours - of_empty)
+    finally:
+        datapath.release([net.INTERFACE])
+        for fd in (ours, empty, counting):
+            os.close(fd)
+    return {name: round(min(values)) for name, values in found.items()}

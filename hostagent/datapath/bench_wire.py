@@ -1,0 +1,113 @@
+"""A veth pair for the benchmarks: this process in a network namespace of its own, a server in another behind the wire.
+
+The server answers with iperf3, with an echo of whatever a TCP connection sends, and with nothing to anything else.
+Everything ends with the process.
+"""
+
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from fabricpilot.errors import KernelError
+
+INTERFACE: Final = "bench0"
+OURS, THEIRS = "10.7.0.1", "10.7.0.2"
+ECHO_PORT: Final = 7
+SINK_PORT: Final = 9
+_CLONE_NEWNET: Final = 0x40000000
+_READY_S: Final = 10.0
+
+_SERVER: Final = f"""
+import ctypes, socket, subprocess, sys, threading
+assert ctypes.CDLL(None).unshare({_CLONE_NEWNET}) == 0
+print(flush=True)
+sys.stdin.readline()
+iperf = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(flush=True)
+def serve(port, answer):
+    with socket.create_server(("", port)) as listener:
+        while True:
+            connection, _ = listener.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with connection:
+                while data := connection.recv(1 << 16):
+                    if answer:
+                        connection.sendall(data)
+for port, answer in (({ECHO_PORT}, True), ({SINK_PORT}, False)):
+    threading.Thread(target=serve, args=(port, answer), daemon=True).start()
+sys.stdin.readline()
+iperf.kill()
+"""
+
+
+def enter_own_namespace() -> None:
+    """Put this process into a new network namespace, for good.
+
+    Raises:
+        KernelError: no right to make one.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
+        raise KernelError(f"no new network namespace: {os.strerror(ctypes.get_errno())}; run it as root")
+
+
+@contextmanager
+def wire() -> Iterator[None]:
+    """A veth device INTERFACE in this namespace, the server at its other end."""
+    from pyroute2 import IPRoute
+
+    server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        server.stdout.readline()
+        there = f"/proc/{server.pid}/ns/net"
+        with IPRoute() as ours:
+            ours.link("add", ifname=INTERFACE, kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": there})
+        with IPRoute() as ours, IPRoute(netns=there) as theirs:
+            for ipr, address in ((ours, OURS), (theirs, THEIRS)):
+                index = ipr.link_lookup(ifname=INTERFACE)[0]
+                ipr.addr("add", index=index, address=address, prefixlen=24)
+                ipr.link("set", index=index, state="up")
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        server.stdout.readline()
+        for port in (5201, ECHO_PORT, SINK_PORT):
+            connected(port).close()
+        yield
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        server.wait(_READY_S)
+        with IPRoute() as ours:
+            ours.link("del", index=ours.link_lookup(ifname=INTERFACE)[0])
+    finally:
+        server.kill()
+        server.wait()
+
+
+def connected(port: int) -> socket.socket:
+    """A TCP connection to the server, which sends at once what is written; waits until somebody listens."""
+    deadline = time.monotonic() + _READY_S
+    while True:
+        try:
+            connection = socket.create_connection((THEIRS, port), timeout=_READY_S)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+            continue
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+
+def bulk_gbps(seconds: int) -> float:
+    """What one iperf3 connection sends to the server."""
+    command = ["iperf3", "-c", THEIRS, "-t", str(seconds), "-J"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 20)
+    return float(json.loads(done.stdout)["end"]["sum_sent"]["bits_per_second"]) / 1e9
