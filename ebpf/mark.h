@@ -77,7 +77,7 @@ static __always_inline void mark(struct __sk_buff *skb, const struct work *work,
 		skb->priority = priority;
 	if (packet->dscp == dscp)
 		return;
-	offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
+	offset = header_offset(packet->network_offset, TAG_BYTES_MASK);
 	if (packet->ipv6 ? write_dscp_ipv6(skb, offset, dscp) : write_dscp_ipv4(skb, offset, dscp))
 		counters->write_failed++;
 }

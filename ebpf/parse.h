@@ -19,8 +19,8 @@
 
 #define VLAN_TAGS 2 /* 802.1ad and 802.1Q; a tag that the kernel keeps beside the packet comes on top */
 #define VLAN_TAG_BYTES 4
-#define NETWORK_OFFSET_MASK 31 /* no IP header begins behind that: tells the verifier what it has forgotten */
-#define TRANSPORT_OFFSET_MASK 511 /* the same for TCP and UDP headers */
+#define TAG_BYTES_MASK 0x0c    /* two tags of four bytes */
+#define NETWORK_BYTES_MASK 0x1fc /* those, IP header and extension headers: less than 512, all multiples of four */
 #define EXTENSION_HEADERS 6 /* all kinds once; a packet with more is refused */
 #define MAX_EXTENSION_BYTES 256
 
@@ -30,6 +30,9 @@
 
 /* The value as it is in memory, not as compiler or verifier remember it. */
 #define reread(place) (*(volatile __typeof__(place) *)&(place))
+
+/* The offset of a header behind Ethernet's, with what the verifier has forgotten: its bounds and alignment. */
+#define header_offset(place, mask) (ETH_HLEN + (reread(place) - ETH_HLEN & (mask)))
 
 #define IPV4_MORE_FRAGMENTS 0x2000
 #define IPV4_OFFSET_MASK 0x1fff
@@ -74,7 +77,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	__u32 offset = reread(packet->transport_offset) & TRANSPORT_OFFSET_MASK;
+	__u32 offset = header_offset(packet->transport_offset, NETWORK_BYTES_MASK);
 	__u32 ip_payload_bytes = reread(packet->transport_bytes);
 	__u32 header_bytes = sizeof(struct udphdr);
 
@@ -120,7 +123,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	__u32 offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
+	__u32 offset = header_offset(packet->network_offset, TAG_BYTES_MASK);
 	struct iphdr *ip = data + offset;
 	__u32 header_bytes, total_bytes;
 	__u16 fragment_bits;
@@ -214,7 +217,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 {
 	void *data = (void *)(long)skb->data;
 	void *data_end = (void *)(long)skb->data_end;
-	__u32 offset = reread(packet->network_offset) & NETWORK_OFFSET_MASK;
+	__u32 offset = header_offset(packet->network_offset, TAG_BYTES_MASK);
 	struct ipv6hdr *ip = data + offset;
 	__u8 protocol;
 	int i, result;

@@ -21,7 +21,7 @@ from typing import Any, Final
 import click
 
 _NEVER_NS: Final = 3600 * 10**9
-_ROOM: Final = 4 / 3  # table size over flows in it: the kernel keeps some free entries with each CPU
+ROOM: Final = 4 / 3  # table size over flows in it: the kernel keeps some free entries with each CPU
 _FLOWS: Final = (1 << 10, 1 << 17, 1 << 20)
 
 
@@ -89,7 +89,7 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
     from hostagent.datapath.ebpf import EbpfDatapath
 
     largest = 1 << flows.bit_length() - 1
-    datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-bench-{os.getpid()}"), int(largest * _ROOM))
+    datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-bench-{os.getpid()}"), int(largest * ROOM))
     try:
         datapath.apply(settings())
         program = bpf.obj_get(datapath.pin_dir / "egress")
