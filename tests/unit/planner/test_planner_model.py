@@ -1,5 +1,7 @@
 """Arrays, incremental state, objectives, and the generator."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -89,13 +91,14 @@ def test_uneven_shares_keep_their_order(build):
 
 def test_generator_is_seeded_and_sound():
     for name in SHAPES:
-        if name in ("large", "multi"):
-            continue
-        mapping = generate(SHAPES[name], 3)
+        kind = SHAPES[name]
+        if kind.pms > 60:  # the same kind of mapping, smaller
+            kind = replace(kind, pms=kind.pms // 6, vms=kind.vms // 6, affinity_sets=kind.affinity_sets // 6)
+        mapping = generate(kind, 3)
         check_mapping(mapping)
-        assert mapping == generate(SHAPES[name], 3)
-        assert mapping != generate(SHAPES[name], 4)
-        assert len(mapping.vms) == SHAPES[name].vms
+        assert mapping == generate(kind, 3)
+        assert mapping != generate(kind, 4)
+        assert len(mapping.vms) == kind.vms
         for group in mapping.anti_affinity:
             homes = [mapping.vms[vm].pm for vm in group.members]
             racks = [mapping.pms[pm].rack for pm in homes]
