@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import datapath_wire
 import numpy as np
 import pytest
 from datapath_kit import KernelSender, bpf_file_system, build_frame, flow_key, in_netns, run
@@ -423,3 +424,33 @@ def test_requests_beside_a_flood(site, scheduled, spoofed):
         )
         assert over_share > flooder.sent / 2 if share else over_share == 0
     assert median[50] < median[0] / 3
+
+
+def test_a_server_under_a_syn_flood_answers_its_clients_at_the_top(host):
+    """What it answers to SYNs nobody meant uses up one share of its cgroup; flows that begin with data have another."""
+    host.datapath.apply(replace(datapath_wire.SETTINGS, new_flows_per_s=50))
+    here, there = datapath_wire.ADDRESSES[4]
+    run("ip", "route", "add", "11.0.0.0/8", "via", there)
+    run("ip", "route", "add", "blackhole", "11.0.0.0/8", netns=host.receiver)
+    run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.nic0.rp_filter=0")
+    mac = json.loads(run("ip", "-j", "link", "show", "dev", "nic0"))[0]["address"]
+    first = build_frame(flow_key("11.0.0.1", here, 1024, datapath_wire.PORT), syn=True, sequence=60_000 - 1024)
+    frame = bytearray(bytes.fromhex(mac.replace(":", "")) + first[6:])
+    listener = socket.create_server((here, datapath_wire.PORT))
+    with in_netns(host.receiver):
+        attacker, client = socket.socket(socket.AF_PACKET, socket.SOCK_RAW), socket.socket()
+        attacker.bind(("nic0", 0x0800))
+    with listener, attacker, client:
+        for port in range(1024, 4024):  # port and sequence number add up to the same, so the checksum stays right
+            frame[SOURCE_PORT], frame[40:42] = port.to_bytes(2, "big"), (60_000 - port).to_bytes(2, "big")
+            attacker.send(frame)
+        assert host.datapath.counters()["over_share"] > 0
+        with datapath_wire.captured(host.receiver) as capture:
+            client.settimeout(20)
+            client.connect((here, datapath_wire.PORT))
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"x" * 500)
+                assert client.recv(500)
+    answers = {packet.dscp for packet in capture.packets if packet.payload_bytes}
+    assert answers == {TOP}
