@@ -53,6 +53,21 @@ def test_what_is_better_is_promoted(hosts):
     assert loop.guard.effect[0] < math.log(0.8)
 
 
+@pytest.mark.slow
+def test_the_shipped_learner_replaces_poor_thresholds():
+    from central.srla.online import OnlineSrla
+    from fabricpilot.config import PolicySection
+
+    learner = OnlineSrla(PolicySection(objective="slowdown"))
+
+    def propose(summary):
+        return getattr(learner.propose(summary).thresholds, "bytes", None)
+
+    loop = Loop(fleet(4, load=0.8), Thresholds((20_000, 60_000, 200_000)), propose)
+    assert loop.until(lambda: loop.steering.guards and loop.guard.tally.promoted >= 1, 390)
+    assert loop.guard.effect[0] < math.log(0.9)
+
+
 @pytest.mark.parametrize(
     "proposal",
     [(9_000, 5_000, 1_000), (math.nan,) * 3, (1.0, math.inf, math.inf), (5, 6), ()],
