@@ -31,7 +31,7 @@ _WIRE_BYTES = 1502  # 1448 payload, TCP with timestamps, IPv4, and PPP, which ns
 
 @dataclass(frozen=True, eq=False)
 class PacketRun:
-    """Completion times, seconds, shape (n,), NaN for flows that did not end; and the CPU time of the event loop."""
+    """Completion times to the last byte, seconds, shape (n,), NaN where it was not seen; CPU time of the event loop."""
 
     fct_s: Floats
     cpu_s: float
@@ -55,6 +55,8 @@ def run_dctcp(
     if (trace.destination != 0).any() or len(trace) > _MOST_FLOWS:
         raise UsageError(f"give at most {_MOST_FLOWS} flows, all to host 0")
     _defaults(ns)
+    if not hasattr(ns.cppyy.gbl, "fabricpilotWatch"):
+        ns.cppyy.cppdef(_WATCHING)
     hosts = int(trace.source.max()) + 1
     nodes, receiver = _star(ns, hosts, rate_bps, delay_s, thresholds)
     applications = []  # ns-3 does not keep them alive for Python
@@ -63,22 +65,18 @@ def run_dctcp(
         anywhere = ns.InetSocketAddress(ns.Ipv4Address.GetAny(), port).ConvertTo()
         sink = ns.PacketSinkHelper("ns3::TcpSocketFactory", anywhere).Install(nodes.Get(0))
         sink.Start(ns.Seconds(0))
+        ns.cppyy.gbl.fabricpilotWatch(sink.Get(0), flow)
         sender = ns.BulkSendHelper("ns3::TcpSocketFactory", ns.InetSocketAddress(receiver, port).ConvertTo())
         sender.SetAttribute("MaxBytes", ns.UintegerValue(int(size)))
         installed = sender.Install(nodes.Get(int(source)))
         installed.Start(ns.Seconds(float(start_s)))
         applications.append((sink, installed))
-    helper = ns.FlowMonitorHelper()
-    monitor = helper.InstallAll()
     began_s = time.process_time()
     ns.Simulator.Stop(ns.Seconds(float(trace.start_s[-1]) + drain_s))
     ns.Simulator.Run()
     cpu_s = time.process_time() - began_s
-    fct_s = np.full(len(trace), math.nan)
-    for port, first_s, last_s in _flow_times(ns, monitor, helper.GetClassifier()):
-        flow = int(port) - _FIRST_PORT
-        if 0 <= flow < len(trace):
-            fct_s[flow] = last_s - first_s
+    received = np.array([list(flow) for flow in ns.cppyy.gbl.fabricpilotReceived])
+    fct_s = np.where(received[:, 0] >= trace.size_bytes, received[:, 1] - trace.start_s, math.nan)
     ns.Simulator.Destroy()
     ns.Ipv4AddressGenerator.Reset()
     return PacketRun(fct_s, cpu_s)
@@ -151,13 +149,6 @@ def _star(ns: Any, hosts: int, rate_bps: float, delay_s: float, thresholds: Sequ
     return nodes, receiver
 
 
-def _flow_times(ns: Any, monitor: Any, classifier: Any) -> Any:
-    """(destination port, first sent, last received) of every flow the monitor saw."""
-    if not hasattr(ns.cppyy.gbl, "fabricpilotFlowTimes"):
-        ns.cppyy.cppdef(_FLOW_TIMES)
-    return ns.cppyy.gbl.fabricpilotFlowTimes(monitor, classifier)
-
-
 def _rank_by_bytes_sent(ns: Any, ports: Any, thresholds: Sequence[int]) -> None:
     """Give these ports the filter that puts a packet into the band of the bytes its flow sent before it."""
     if not hasattr(ns.cppyy.gbl, "fabricpilotRank"):
@@ -165,17 +156,18 @@ def _rank_by_bytes_sent(ns: Any, ports: Any, thresholds: Sequence[int]) -> None:
     ns.cppyy.gbl.fabricpilotRank(ports, ns.cppyy.gbl.std.vector["double"](list(map(float, thresholds))))
 
 
-_FLOW_TIMES = """
-    #include "ns3/flow-monitor.h"
-    #include "ns3/ipv4-flow-classifier.h"
-    std::vector<std::array<double, 3>> fabricpilotFlowTimes(
-        ns3::Ptr<ns3::FlowMonitor> monitor, ns3::Ptr<ns3::FlowClassifier> classifier) {
-      std::vector<std::array<double, 3>> times;
-      auto flows = ns3::DynamicCast<ns3::Ipv4FlowClassifier>(classifier);
-      for (const auto& [id, seen] : monitor->GetFlowStats())
-        times.push_back({double(flows->FindFlow(id).destinationPort), seen.timeFirstTxPacket.GetSeconds(),
-                         seen.timeLastRxPacket.GetSeconds()});
-      return times;
+_WATCHING = """
+    #include "ns3/application.h"
+    #include "ns3/packet.h"
+    std::vector<std::array<double, 2>> fabricpilotReceived;  // per flow: payload bytes so far, time of the last
+    void fabricpilotSeen(uint32_t flow, ns3::Ptr<const ns3::Packet> packet, const ns3::Address&) {
+      fabricpilotReceived[flow] = {fabricpilotReceived[flow][0] + packet->GetSize(),
+                                   ns3::Simulator::Now().GetSeconds()};
+    }
+    void fabricpilotWatch(ns3::Ptr<ns3::Application> sink, uint32_t flow) {
+      if (flow == 0) fabricpilotReceived.clear();
+      fabricpilotReceived.resize(flow + 1);
+      sink->TraceConnectWithoutContext("Rx", ns3::MakeBoundCallback(&fabricpilotSeen, flow));
     }"""
 
 _RANKING = """
