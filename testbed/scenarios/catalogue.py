@@ -67,8 +67,8 @@ class Scenario:
     name: str
     about: str
     groups: tuple[PortGroup, ...]
-    hour_s: float = 600.0
-    interval_s: float = 20.0
+    hour_s: float = 900.0
+    interval_s: float = 45.0
     link_rate_bps: float = 1e9
 
     @property
@@ -111,7 +111,7 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("datamining", "data mining at load 0.8 everywhere, 2 hours", _steady(*[Hour(DATA_MINING, 0.8)] * 2)),
         Scenario("spatial", "four groups: web search 0.6 and 0.8, data mining 0.6 twice; 2 hours", _spatial()),
         Scenario("dynamic", "8 hours, each with another workload (web search, data mining) and load", _dynamic()),
-        Scenario("mix", "Hadoop, RPC and cache traffic, a group each; 2 short hours", _mix(), 6.0, 0.5),
+        Scenario("mix", "Hadoop, RPC and cache traffic, a group each; 2 short hours", _mix(), 6.0, 0.3),
         Scenario(
             "overload",
             "web search at 0.8, an hour at 1.1, then 0.6 and 0.6",

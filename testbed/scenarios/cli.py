@@ -10,7 +10,7 @@ from fabricpilot.levels import DEFAULT_LEVELS, check_levels
 from fabricpilot.options import json_option, print_json
 
 _DEFAULT_SEEDS = 5
-_FULL_HOURS = 6.0  # times the default: hours of 60 minutes where they are 10
+_FULL_HOURS = 4.0  # times the default: hours of 60 minutes where they are 15
 
 
 @click.group()
@@ -44,7 +44,7 @@ def list_scenarios(as_json: bool) -> None:
 @click.option("--scheme", "names", default="", help="Schemes by commas.  [default: all]")
 @click.option("--seeds", default=_DEFAULT_SEEDS, show_default=True, help="Independent repetitions.")
 @click.option("--levels", default=DEFAULT_LEVELS, show_default=True, help="K.")
-@click.option("--full", is_flag=True, help="Hours six times as long, for the record.")
+@click.option("--full", is_flag=True, help="Hours four times as long, for the record.")
 @click.option("--workers", type=int, help="Processes.  [default: one per core]")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw hours and sizes (.png, .svg).")
 @json_option

@@ -6,6 +6,7 @@ tables and pictures.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -67,6 +68,24 @@ def _default(group: PortGroup, levels: int) -> Thresholds:
     return default_thresholds(levels)
 
 
+def _auto() -> ThresholdPolicy:
+    return _learned("AUTO")
+
+
+def _srla() -> ThresholdPolicy:
+    return _learned("DEFAULT")
+
+
+def _learned(which: Literal["AUTO", "DEFAULT"]) -> ThresholdPolicy:
+    import torch
+
+    from central.srla import weights
+    from central.srla.policy import SrlaPolicy
+
+    torch.set_num_threads(1)  # runs are side by side already
+    return SrlaPolicy.load(getattr(weights, which))
+
+
 def mixture(group: PortGroup) -> SizeDistribution:
     """Sizes of all flows of a group over its hours, each workload by the number of flows it brings."""
     flows: dict[str, float] = {}
@@ -102,6 +121,8 @@ CONTENDERS: dict[str, Contender] = {
             _fixed("mlfq", _default),
             OptimiserPolicy,
         ),
+        Contender("auto", "AuTO as published: 700 features, thresholds alone", _fixed("mlfq", _default), _auto),
+        Contender("fabricpilot", "learned thresholds, levels by bytes written", _fixed("written", _default), _srla),
         Contender("srpt", "shortest remaining size first: knows everything, the bound", _simple("srpt")),
     )
 }

@@ -13,7 +13,7 @@ from testbed.scenarios.catalogue import Scenario
 from testbed.scenarios.cell import Cell, CellPlace
 from testbed.scenarios.contenders import Contender
 
-_WINDOWS = 3  # intervals that a decision looks back, by exponential forgetting
+_WINDOWS = 2  # intervals that a decision looks back, by exponential forgetting
 
 
 @dataclass(frozen=True)
