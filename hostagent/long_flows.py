@@ -18,8 +18,8 @@ import zmq
 from fabricpilot.wire import MAX_LONG_FLOWS, FlowSummary, FlowVerdict
 from hostagent.datapath.base import Datapath
 from hostagent.datapath.ebpf import EbpfDatapath
-from hostagent.datapath.ebpf_loader import LONG_FLOW_RING
 from hostagent.datapath.layout import LONG_FLOW_DTYPE
+from hostagent.datapath.pinned_names import LONG_FLOW_RING
 from hostagent.datapath.ring import Ring
 from hostagent.datapath.verdicts import flow_keys
 from hostagent.observe import address

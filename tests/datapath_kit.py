@@ -22,8 +22,8 @@ import numpy as np
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLOW_KEY_DTYPE
 from hostagent.datapath.ebpf import EbpfDatapath
-from hostagent.datapath.ebpf_loader import CGROUP_PROGRAMS, PROGRAM_PIN
 from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN
 
 TC_ACT_UNSPEC = 0xFFFFFFFF
 _libc = ctypes.CDLL(None, use_errno=True)

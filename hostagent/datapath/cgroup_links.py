@@ -14,7 +14,7 @@ from typing import Final
 
 from fabricpilot.errors import KernelError, UsageError
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath.ebpf_loader import CGROUP_PROGRAMS
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS
 
 # enum bpf_attach_type
 SETSOCKOPT: Final = 22

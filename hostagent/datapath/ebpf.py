@@ -29,7 +29,6 @@ from hostagent.datapath.backlog_offsets import KERNEL_BTF
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
 from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups, hand_over
-from hostagent.datapath.ebpf_loader import MAPS
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
     FINISHED_DTYPE,
@@ -40,6 +39,7 @@ from hostagent.datapath.layout import (
     pack_settings,
     unpack_settings,
 )
+from hostagent.datapath.pinned_names import MAPS
 from hostagent.datapath.pins import Pins
 from hostagent.datapath.source import fingerprint, map_layouts
 from hostagent.datapath.tc_filter import Interface

@@ -28,30 +28,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fabricpilot.errors import KernelError
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, LONG_FLOW_RING, MAPS, PROGRAM_PIN
 from hostagent.datapath.source import PROGRAM, STUB_KERNEL_DIR, program_source
-
-PROGRAM_PIN: Final = "egress"
-MAPS: Final = (
-    "flows",
-    "slots",
-    "active",
-    "counters",
-    "steering",
-    "prefixes",
-    "rule_sets",
-    "verdicts",
-    "routes",
-    "finished",
-    "sources",
-    "source_seed",
-    "hints",
-    "send_buffers",
-)
-# The ring of flows that became long: pinned like the maps, but never taken over from another version, as whatever is
-# in it is read within a moment.
-LONG_FLOW_RING: Final = "became_long"
-# Programs on cgroups, by pin: function, the number of the program's type and that of where it is attached.
-CGROUP_PROGRAMS: Final = {"hint": ("fabricpilot_hint", 25, 22), "send_buffer": ("fabricpilot_send_buffer", 13, 3)}
 
 _TIMEOUT_S: Final = 60.0
 _DEBIAN_PACKAGES: Final = "/usr/lib/python3/dist-packages"

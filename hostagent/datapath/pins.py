@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fabricpilot.errors import KernelError, UsageError
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath.ebpf_loader import LONG_FLOW_RING, MAPS, PROGRAM_PIN
+from hostagent.datapath.pinned_names import LONG_FLOW_RING, MAPS, PROGRAM_PIN
 
 log = logging.getLogger(__name__)
 

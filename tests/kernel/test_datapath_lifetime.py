@@ -24,7 +24,7 @@ from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import ebpf, open_datapath
 from hostagent.datapath.base import Settings
 from hostagent.datapath.ebpf import EbpfDatapath
-from hostagent.datapath.ebpf_loader import MAPS
+from hostagent.datapath.pinned_names import MAPS
 
 SETTINGS = Settings(Thresholds((1000, 5000, 20000)), (32, 24, 16, 8), (11, 12, 13, 14))
 RETURN_UNSPEC = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 0, 0, 0])  # r0 = -1; exit

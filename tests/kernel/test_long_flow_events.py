@@ -7,8 +7,8 @@ from datapath_kit import KernelSender, build_frame, flow_key
 
 from fabricpilot.levels import Thresholds
 from hostagent.datapath.base import MessageRule, Settings
-from hostagent.datapath.ebpf_loader import LONG_FLOW_RING
 from hostagent.datapath.layout import LONG_FLOW_DTYPE
+from hostagent.datapath.pinned_names import LONG_FLOW_RING
 from hostagent.datapath.ring import Ring
 from hostagent.long_flows import open_long_flow_events
 from hostagent.observe import observe

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from hostagent.datapath.ebpf_loader import MAPS
+from hostagent.datapath.pinned_names import MAPS
 from hostagent.datapath.pins import kept_maps
 from hostagent.datapath.source import EBPF_DIR, map_layouts
 
