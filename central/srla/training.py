@@ -2,7 +2,8 @@
 
 A round: the workers begin a step of every environment; meanwhile the learner makes its updates on what it has; then it
 takes the step's transitions and chooses the next actions. Every `check_every` rounds the actor is tried without noise
-on traffic drawn for that alone, and the weights that did best in the second half of the run are the ones exported.
+on traffic drawn for that alone, and the weights that did best are the ones exported. The first trial comes before the
+first update, so that a run whose learning gains nothing ends where it began: at the base.
 
     1. scales   features of the first rounds fix how features are scaled
     2. DDPG     exploration noise anneals from the first round to the last
@@ -173,7 +174,7 @@ class SrlaTrainer:
         if self._round == s.warm and s.kind == "compact":
             self.agent.fit_scales(self.agent.replay.state[: len(self.agent.replay)])
         told |= {"reward": float(reward.mean()), "noise": sigma}
-        if self._round == s.rounds or (started and self._round % s.check_every == 0):
+        if self._round in (s.warm, s.rounds) or (started and self._round % s.check_every == 0):
             told |= self._check()
         return told
 
@@ -206,7 +207,7 @@ class SrlaTrainer:
         weights.save(path, self.agent, self.settings.encoding, record | told)
 
     def use_best(self) -> None:
-        """Give the agent the weights that did best in a trial without noise, in the second half of the run."""
+        """Give the agent the weights that did best in a trial without noise."""
         if self._best["actor"] is not None:
             self.agent.actor.load_state_dict(self._best["actor"])
             self.agent.critic.load_state_dict(self._best["critic"])
@@ -227,7 +228,7 @@ class SrlaTrainer:
             s, its = self.settings, self.settings.environment
             self._trial = Trial.of(its.range, s.check, its.flows, s.encoding, its.objective, self._check_seed)
         gain = self._trial.gain(self.agent)
-        if 2 * self._round >= self.settings.rounds and gain > self._best["gain"]:
+        if gain > self._best["gain"]:
             kept = {name: value.clone() for name, value in self.agent.actor.state_dict().items()}
             critic = {name: value.clone() for name, value in self.agent.critic.state_dict().items()}
             self._best = {"gain": gain, "round": self._round, "actor": kept, "critic": critic}
