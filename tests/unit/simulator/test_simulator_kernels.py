@@ -11,7 +11,7 @@ import pytest
 from simulator.engine import Simulation, simulate
 from simulator.physics import IDEAL
 from simulator.results import FlowResults
-from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme, scheme
+from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme, fine_thresholds, scheme
 from simulator.topology import Topology, leaf_spine, star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
@@ -153,12 +153,13 @@ def test_room_for_flows_grows() -> None:
         assert results.fct_s.max() == pytest.approx(5000 * 10_000 * 8e-9, rel=2e-3)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_sharing_is_max_min_after_any_history(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "name"), list(enumerate([*SCHEMES, "fine"])))
+def test_sharing_is_max_min_after_any_history(seed: int, name: str) -> None:
     """Rates seen in the middle of a run are those of progressive filling."""
     topology = leaf_spine(3, 2, 3, 1e9, 3.0)
     trace = traffic(topology.hosts, 300, one=False, seed=seed, load=0.6)
-    simulation = Simulation(SCHEMES["mlfq"], topology, IDEAL)
+    ranks = SCHEMES.get(name) or Scheme("fine", basis=REMAINING, thresholds=fine_thresholds())
+    simulation = Simulation(ranks, topology, IDEAL)
     simulation.add(trace)
     for time_s in np.linspace(0.1, 0.9, 5) * trace.start_s[-1]:
         simulation.run_until(float(time_s))
