@@ -39,11 +39,11 @@ class Settings:
         cdfs: and traffic from these.
     """
 
-    iterations: int = 50
+    iterations: int = 45
     runs: int = 4
     traffic_s: float = 3.0
     horizon_s: float = 2.0
-    short_weight: float = 0.5
+    short_weight: float = 1.0
     learning_rate: float = 1e-2
     entropy: float = 1e-3
     gradient_norm: float = 1.0
