@@ -108,6 +108,7 @@ def route_loads(flows: FlowSet) -> tuple[Floats, Floats]:
     """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R)."""
     share = route_shares(flows, np.arange(len(flows)))
     up, down = np.zeros((flows.racks, flows.routes)), np.zeros((flows.racks, flows.routes))
-    np.add.at(up, flows.source_rack, share)
-    np.add.at(down, flows.destination_rack, share)
+    for route in range(flows.routes):
+        up[:, route] = np.bincount(flows.source_rack, share[:, route], flows.racks)
+        down[:, route] = np.bincount(flows.destination_rack, share[:, route], flows.racks)
     return up, down

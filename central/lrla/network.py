@@ -110,13 +110,17 @@ class PolicyNetwork(nn.Module):
         up = _sums(on_routes, batch.places[0], racks)
         down = _sums(on_routes, batch.places[1], racks)
         asked = batch.asked
-        own, mine = on_routes[asked], embedded[asked]
-        ends = [
-            (total[place[asked]] - own).reshape(len(asked), routes, -1)
-            for total, place in ((up, batch.places[0]), (down, batch.places[1]))
-        ]
-        each = mine[:, None, :].expand(-1, routes, -1)
-        by_route = self.route(torch.cat([each, *ends, batch.current[:, :, None]], dim=2))[:, :, 0]
+        mine = embedded[asked]
+        # The first layer of the route's head, part by part: on a link's sum once, not for every flow that asks.
+        weight, bias = (self.route[0].get_parameter(name) for name in ("weight", "bias"))
+        of_flow, of_up = weight[:, :HIDDEN], weight[:, HIDDEN : 2 * HIDDEN + 1]
+        of_down, of_current = weight[:, 2 * HIDDEN + 1 : -1], weight[:, -1]
+        inner = (up.reshape(racks, routes, -1) @ of_up.T)[batch.places[0][asked]]
+        inner += (down.reshape(racks, routes, -1) @ of_down.T)[batch.places[1][asked]]
+        inner += (mine @ of_flow.T + bias)[:, None, :]
+        inner -= batch.share[asked][:, :, None] * (counted[asked] @ (of_up + of_down).T)[:, None, :]
+        inner += batch.current[:, :, None] * of_current
+        by_route = self.route[2](inner.tanh_())[:, :, 0]
         peers = [_sums(counted, place, hosts)[place[asked]] - counted[asked] for place in batch.places[2:]]
         return by_route, self.priority(torch.cat([mine, *peers], dim=1))
 

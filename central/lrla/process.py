@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from central.lrla.flow_set import LongFlowScheme
 from central.lrla.rules import RULES
+from central.lrla.synthetic import random_flows
 from central.lrla.table import FlowTable, HostFlows
 from fabricpilot.config import LongFlowsSection
 from fabricpilot.wire import MAX_VERDICTS, Verdicts, encode
@@ -55,6 +57,7 @@ class Scheduler:
     def __init__(self, section: LongFlowsSection) -> None:
         self._scheme = scheme_of(section)
         self._table = FlowTable(section)
+        self._scheme.decide(random_flows(2, np.random.default_rng(0)), np.arange(2))  # compiles, loads
         gc.freeze()  # what was loaded stays: no collection walks over it again
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from central.lrla.flow_set import (
     UNKNOWN_ROUTE,
+    Bools,
     Choice,
     Floats,
     FlowSet,
@@ -19,6 +20,7 @@ from central.lrla.flow_set import (
     route_loads,
     route_shares,
 )
+from simulator.compiled import compiled
 
 _ONE_BY_ONE = (
     48  # flows decided on at once up to which each sees where all those before it went; more go in so many parts
@@ -88,32 +90,55 @@ def costs(flows: FlowSet, asked: Ints, up: Floats, down: Floats, own: Floats) ->
 
 
 def assign(flows: FlowSet, asked: Ints, bonus: Floats | None = None) -> Ints:
-    """The cheapest route of each flow in rows `asked`, those of one rack one after the other.
+    """The cheapest route of each flow in rows `asked`, one after the other, each seeing where those before it went.
 
     Args:
         flows: all of them.
         asked: rows, shape (m,).
         bonus: taken off the cost, shape (m, R).
     """
-    routes = np.full(len(asked), UNKNOWN_ROUTE)
-    crossing = np.flatnonzero(flows.crosses[asked] & flows.usable[asked].any(axis=1))
     up, down = route_loads(flows)
-    for part in np.array_split(crossing, min(len(crossing), _ONE_BY_ONE) or 1):
-        if not len(part):
-            continue
-        rows = asked[part]
-        own = route_shares(flows, rows)
-        cost = costs(flows, rows, up, down, own)
-        if bonus is not None:
-            cost -= bonus[part]
-        # Equal routes are taken in turn.
-        cost += 1e-6 * ((np.arange(flows.routes) + rows[:, None]) % flows.routes)
-        routes[part] = cost.argmin(axis=1)
-        moved = -own
-        moved[np.arange(len(part)), routes[part]] += 1.0
-        np.add.at(up, flows.source_rack[rows], moved)
-        np.add.at(down, flows.destination_rack[rows], moved)
-    return routes
+    own = route_shares(flows, asked)
+    off = np.zeros(own.shape) if bonus is None else np.ascontiguousarray(bonus, np.float64)
+    may = flows.usable[asked] & flows.crosses[asked][:, None]
+    ends = flows.source_rack[asked], flows.destination_rack[asked]
+    chosen = np.full(len(asked), UNKNOWN_ROUTE)
+    _assign(*ends, flows.route[asked], asked, may, own, off, up, down, chosen)
+    return chosen
+
+
+@compiled
+def _assign(
+    source: Ints,
+    destination: Ints,
+    now: Ints,
+    turn: Ints,
+    may: Bools,
+    own: Floats,
+    off: Floats,
+    up: Floats,
+    down: Floats,
+    chosen: Ints,
+) -> None:
+    """`assign` into `chosen`, flow by flow, with the costs of `costs`; equal routes are taken in turn."""
+    m, routes = own.shape
+    for i in range(m):
+        least = np.inf
+        for step in range(routes):
+            r = (step + turn[i]) % routes
+            if not may[i, r]:
+                continue
+            above, below = up[source[i], r] - own[i, r], down[destination[i], r] - own[i, r]
+            cost = max(above, below) + 0.1 * (above + below) - off[i, r]
+            if r == now[i]:
+                cost -= 1.0
+            if cost < least - 1e-9:
+                least, chosen[i] = cost, r
+        if chosen[i] >= 0:
+            for r in range(routes):
+                moved = (1.0 if r == chosen[i] else 0.0) - own[i, r]
+                up[source[i], r] += moved
+                down[destination[i], r] += moved
 
 
 SHORTEST_FIRST_BYTES = (2e6, 3.9e6)  # found best in `fabricpilot bench lrla` (docs/lrla.md)
