@@ -81,14 +81,13 @@ def wire() -> Iterator[None]:
         for port in (5201, ECHO_PORT, SINK_PORT):
             connected(port).close()
         yield
-        server.stdin.write(b"\n")
-        server.stdin.flush()
-        server.wait(_READY_S)
-        with IPRoute() as ours:
-            ours.link("del", index=ours.link_lookup(ifname=INTERFACE)[0])
     finally:
-        server.kill()
-        server.wait()
+        server.stdin.close()  # it ends, iperf3 with it, and its namespace takes the pair along
+        try:
+            server.wait(_READY_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def connected(port: int) -> socket.socket:

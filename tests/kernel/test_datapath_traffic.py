@@ -8,7 +8,7 @@ import pytest
 from datapath_kit import build_frame, flow_key, in_netns, run, start_agent
 from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured, transfer
 
-from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_MESSAGE, FLAG_SAW_START, FLAG_UNSENT
+from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_MESSAGE, FLAG_SAW_START, FLAG_TOLD, FLAG_UNSENT
 from hostagent.datapath.ebpf import EbpfDatapath
 
 SIZE_BYTES = 5_000_000
@@ -45,7 +45,7 @@ def test_every_packet_of_a_tcp_flow_carries_the_mark_its_bytes_demand(host, vers
     sent_bytes = sum(seen.payload_bytes for seen in capture.packets)  # a retransmission counts once more
     assert sent_bytes >= SIZE_BYTES
     assert state["attained_bytes"] == sent_bytes
-    assert int(state["flags"]) & ~FLAG_UNSENT == FLAG_ENDED | FLAG_SAW_START | FLAG_SAW_MESSAGE
+    assert int(state["flags"]) & ~FLAG_UNSENT == FLAG_ENDED | FLAG_SAW_START | FLAG_SAW_MESSAGE | FLAG_TOLD
     assert table.keys["destination_port"][row] == PORT
     assert 0 < int(state["last_seen_ns"]) - int(state["first_seen_ns"]) < 20e9
     counters = host.datapath.counters()
