@@ -21,8 +21,9 @@ from central.planner.model.problem import Deadline, Limits
 from central.planner.model.state import Floats, State, Valuation
 from central.planner.solvers.budget import Budget
 from central.planner.solvers.grouped import Flow, Result
-from central.planner.solvers.patterns import MOST_LEVELS, Pattern, Pricer, memory_levels
+from central.planner.solvers.patterns import MOST_LEVELS, Pricer, memory_levels
 from central.planner.solvers.program import INFINITY, Program
+from central.planner.solvers.ties import Pattern
 
 if TYPE_CHECKING:
     import highspy
