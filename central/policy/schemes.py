@@ -122,6 +122,13 @@ def _srla(section: PolicySection) -> ThresholdPolicy:
     return SrlaPolicy.load(min_flows=section.min_flows)
 
 
+def _auto(section: PolicySection) -> ThresholdPolicy:
+    from central.srla import weights
+    from central.srla.policy import SrlaPolicy
+
+    return SrlaPolicy.load(weights.AUTO, section.min_flows)
+
+
 _WRITTEN = "ranked by bytes written (docs/backlog.md), not by what remains, which costs real TCP more than it brings"
 
 SCHEMES: dict[str, Scheme] = {
@@ -166,6 +173,7 @@ SCHEMES: dict[str, Scheme] = {
         policy=_optimiser,
         adapts=True,
     ),
+    "auto": Scheme("mlfq with the thresholds of AuTO's DDPG as published, trained here", policy=_auto, adapts=True),
     "srla": Scheme("mlfq with the thresholds of the trained sRLA (DDPG)", policy=_srla, adapts=True),
     "fabricpilot": Scheme(
         "as shipped: thresholds by the optimiser, flows ranked as datapath.mode is by default",
