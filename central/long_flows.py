@@ -10,14 +10,16 @@ until those end, and the reports fill its table again.
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
-from central.lrla.process import Answer, Round, Scheduler, scheme_of
+from central.lrla.process import Answer, Round, Scheduler
 from central.lrla.table import HostFlows
 from central.planner.announced import Announced
 from central.registry import Host
 from central.worker import Worker
 from fabricpilot.config import LongFlowsSection
+from fabricpilot.errors import UsageError
 from fabricpilot.wire import LongFlows, Report
 
 SchedulerWorker = Worker[Round, Answer]
@@ -30,11 +32,12 @@ def start_scheduler(section: LongFlowsSection) -> SchedulerWorker | None:
     """The process; None if nobody is to schedule long flows.
 
     Raises:
-        UsageError: the scheme cannot be made; told here rather than by a process that dies.
+        UsageError: there are no such weights; told here rather than by a process that dies.
     """
     if section.scheme == "off":
         return None
-    scheme_of(section)
+    if section.weights and not Path(section.weights).is_file():
+        raise UsageError(f"long_flows.weights = '{section.weights}': there is no such file")
     return SchedulerWorker("long-flow", partial(Scheduler, section))
 
 

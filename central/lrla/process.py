@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 
 from central.lrla.flow_set import LongFlowScheme
-from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
 from central.lrla.table import FlowTable, HostFlows
 from fabricpilot.config import LongFlowsSection
@@ -45,6 +44,8 @@ def scheme_of(section: LongFlowsSection) -> LongFlowScheme:
         UsageError: weights that cannot be read.
     """
     if section.scheme != "learned":
+        from central.lrla.rules import RULES
+
         return RULES[section.scheme]
     from central.lrla.learned import LearnedScheme
 
