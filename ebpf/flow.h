@@ -26,7 +26,7 @@
 #define FLOW_TOLD 32       /* user space was told that the current message is long (long_flow.h) */
 
 /* Times are CLOCK_MONOTONIC. Those of local TCP sockets are exact; others are of the latest timer tick (1 to 10 ms),
- * which costs a third of an exact reading, but for the flow's first and, once it has ended, its last. */
+ * which is read once a tick (work.h), but for the flow's first and, once it has ended, its last. */
 struct flow_state {
 	__u64 attained_bytes; /* payload of the current message, retransmissions included */
 	__u64 packets;        /* GSO segments count one by one */
