@@ -84,7 +84,7 @@ def test_search_asks_the_simulator() -> None:
 
 def test_benchmark_prints_every_method() -> None:
     result = CliRunner().invoke(bench, ["--flows", "20000", "--evaluations", "0", "--json"], catch_exceptions=False)
-    summary = json.loads(result.output)
+    summary = json.loads(result.stdout)  # progress goes to stderr
     assert {row["cdf"] for row in summary["rows"]} >= {WEB_SEARCH}
     assert summary["least_above_exact"]["fair"] > 0
     assert summary["least_above_exact"]["equal-split"] > 0
