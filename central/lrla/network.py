@@ -106,7 +106,7 @@ class PolicyNetwork(nn.Module):
         counted = torch.cat([embedded, torch.ones(len(embedded), 1)], dim=1) / _CROWD
         racks, hosts = batch.sizes
         routes = batch.share.shape[1]
-        on_routes = (batch.share[:, :, None] * counted[:, None, :]).reshape(len(counted), -1)
+        on_routes = (batch.share[:, :, None] * counted[:, None, :]).reshape(len(counted), routes * (HIDDEN + 1))
         up = _sums(on_routes, batch.places[0], racks)
         down = _sums(on_routes, batch.places[1], racks)
         asked = batch.asked
@@ -115,8 +115,8 @@ class PolicyNetwork(nn.Module):
         weight, bias = (self.route[0].get_parameter(name) for name in ("weight", "bias"))
         of_flow, of_up = weight[:, :HIDDEN], weight[:, HIDDEN : 2 * HIDDEN + 1]
         of_down, of_current = weight[:, 2 * HIDDEN + 1 : -1], weight[:, -1]
-        inner = (up.reshape(racks, routes, -1) @ of_up.T)[batch.places[0][asked]]
-        inner += (down.reshape(racks, routes, -1) @ of_down.T)[batch.places[1][asked]]
+        inner = (up.reshape(racks, routes, HIDDEN + 1) @ of_up.T)[batch.places[0][asked]]
+        inner += (down.reshape(racks, routes, HIDDEN + 1) @ of_down.T)[batch.places[1][asked]]
         inner += (mine @ of_flow.T + bias)[:, None, :]
         inner -= batch.share[asked][:, :, None] * (counted[asked] @ (of_up + of_down).T)[:, None, :]
         inner += batch.current[:, :, None] * of_current

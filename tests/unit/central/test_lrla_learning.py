@@ -59,6 +59,14 @@ def test_it_takes_any_number_of_flows_and_routes(network):
         assert priority.shape == (n, MAX_PRIORITIES)
 
 
+def test_hosts_without_routes_get_priorities(network):
+    known = random_flows(5, np.random.default_rng(1), routes=1)
+    known = replace(known, usable=np.zeros((5, 0), np.bool_), route=np.full(5, UNKNOWN_ROUTE))
+    choice = LearnedScheme(network).decide(known, np.arange(5))
+    assert choice.route.tolist() == [UNKNOWN_ROUTE] * 5
+    assert choice.priority.max() < MAX_PRIORITIES
+
+
 def test_what_is_masked_is_never_chosen(network):
     usable = np.tile([True, False, True, False], (40, 1))
     known = some_flows(usable=usable, priorities=np.full(40, 2), route=np.full(40, UNKNOWN_ROUTE))
