@@ -12,7 +12,7 @@ from fabricpilot.levels import Thresholds
 from fabricpilot.wire import MAX_FINISHED_SAMPLE, MAX_LONG_FLOWS, FlowSummary, Hello, Report
 from simulator.engine import Simulation
 from simulator.results import ActiveFlows, FlowResults
-from simulator.schemes import Scheme
+from simulator.schemes import BACKLOG, WRITTEN, Scheme
 from simulator.topology import star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
@@ -53,6 +53,7 @@ class Cell:
         self.place = place
         self._group, self._hour_s, self._rate_bps = group, hour_s, rate_bps
         self._simulation = Simulation(ranking, star(HOSTS, rate_bps), receiver=0)
+        self._sees_backlog = ranking.basis in (BACKLOG, WRITTEN)
         self._rng = np.random.default_rng((place.seed, place.group, place.port))
         self._thresholds: Thresholds | None = None
         self._sequence = 0
@@ -87,6 +88,7 @@ class Cell:
             epoch=0,
             thresholds=list(self._thresholds.bytes) if self._thresholds else [],
             version="",
+            visible_bytes=round(self._simulation.scheme.send_buffer_bytes) if self._sees_backlog else 0,
         )
 
     def report(self, ended: FlowResults, interval_s: float) -> Report:

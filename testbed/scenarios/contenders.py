@@ -6,12 +6,12 @@ tables and pictures.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from central.policy.base import ThresholdPolicy
-from central.policy.optimiser import OptimiserPolicy
+from central.policy.schemes import policy_of
+from fabricpilot.config import PolicySection
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds, default_thresholds
 from fabricpilot.published import published, workload_of
@@ -68,22 +68,9 @@ def _default(group: PortGroup, levels: int) -> Thresholds:
     return default_thresholds(levels)
 
 
-def _auto() -> ThresholdPolicy:
-    return _learned("AUTO")
-
-
-def _srla() -> ThresholdPolicy:
-    return _learned("DEFAULT")
-
-
-def _learned(which: Literal["AUTO", "DEFAULT"]) -> ThresholdPolicy:
-    import torch
-
-    from central.srla import weights
-    from central.srla.policy import SrlaPolicy
-
-    torch.set_num_threads(1)  # runs are side by side already
-    return SrlaPolicy.load(getattr(weights, which))
+def _deciding(name: str) -> Callable[[], ThresholdPolicy]:
+    """The policy of a scheme as central runs it by default."""
+    return lambda: policy_of(PolicySection(scheme=name))
 
 
 def mixture(group: PortGroup) -> SizeDistribution:
@@ -116,13 +103,15 @@ CONTENDERS: dict[str, Contender] = {
         Contender("qsjf", "knows sizes: levels by size, thresholds as qlas", _fixed("qsjf", _web_search_at_80)),
         Contender("equal-split", "knows all hours' sizes: quantiles as thresholds", _fixed("mlfq", _equal_split)),
         Contender(
-            "optimiser",
-            "the exact optimiser on what is reported, by bytes sent",
-            _fixed("mlfq", _default),
-            OptimiserPolicy,
+            "optimiser", "the exact optimiser on what is reported", _fixed("mlfq", _default), _deciding("optimiser")
         ),
-        Contender("auto", "AuTO as published: 700 features, thresholds alone", _fixed("mlfq", _default), _auto),
-        Contender("fabricpilot", "learned thresholds, levels by bytes written", _fixed("written", _default), _srla),
+        Contender("auto", "AuTO as published: 700 features", _fixed("mlfq", _default), _deciding("auto")),
+        Contender(
+            "fabricpilot",
+            "as shipped: the optimiser, levels by bytes written",
+            _fixed("written", _default),
+            _deciding("fabricpilot"),
+        ),
         Contender("srpt", "shortest remaining size first: knows everything, the bound", _simple("srpt")),
     )
 }

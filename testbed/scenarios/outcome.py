@@ -86,7 +86,10 @@ def measure(
 
 def _one(task: tuple[Scenario, str, int, int]) -> Sample:
     """In a worker process: contenders hold functions, so they travel by name."""
+    import torch  # only where one may learn
+
     scenario, name, seed, levels = task
+    torch.set_num_threads(1)  # runs are side by side already
     (contender,) = contenders(name)
     trail = play(Run(scenario, contender, seed, levels))
     everything = FlowResults.joined(trail.hours)
