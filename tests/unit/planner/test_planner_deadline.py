@@ -89,17 +89,9 @@ def rates(problem, clock, names, seconds):
     return {name: make_plan(problem, name, seconds, clock=clock).final.fragment_rate for name in names}
 
 
-@pytest.mark.parametrize(
-    ("objective", "limits"), [("fr", "none"), ("fr", "caps"), ("multi", "bytes"), ("mixed", "none")]
-)
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(("objective", "limits"), [("fr", "none"), ("fr", "caps"), ("mixed", "none")])
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
 def test_auto_is_never_behind_what_it_begins_with(mapping, pose, clock, objective, limits, seconds):
     problem = pose(mapping, 12, objective, **LIMITS[limits])
     found = rates(problem, clock, ("auto", "exact", "swap", "greedy"), seconds)
-    assert found["auto"] <= min(found.values()) + 1e-9, found
-
-
-@pytest.mark.parametrize(("objective", "seconds"), [("fr", 0.3), ("multi", 0.3), ("mixed", 0.3), ("fr", 4.0)])
-def test_auto_is_not_behind_any_solver_when_time_is_short_or_enough(mapping, pose, clock, objective, seconds):
-    found = rates(pose(mapping, 12, objective), clock, SOLVERS, seconds)
     assert found["auto"] <= min(found.values()) + 1e-9, found
