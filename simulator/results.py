@@ -46,8 +46,11 @@ class FlowResults:
 
     def in_order_of_start(self) -> "FlowResults":
         """Sorted by flow number."""
-        order = np.argsort(self.flow)
-        return FlowResults(*(getattr(self, name)[order] for name in _FIELDS))
+        return self.rows(np.argsort(self.flow))
+
+    def rows(self, which: Ints) -> "FlowResults":
+        """Those at these places, in their order."""
+        return FlowResults(*(getattr(self, name)[which] for name in _FIELDS))
 
 
 def p99(values: Floats) -> float:

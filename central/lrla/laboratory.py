@@ -9,6 +9,7 @@ its cost.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +66,11 @@ class Lab:
         """The last threshold."""
         return float(default_thresholds(self.levels).bytes[-1])
 
+    @property
+    def hosts(self) -> int:
+        """All of them."""
+        return self.leaves * self.hosts_per_leaf
+
     def topology(self) -> Topology:
         """The fabric."""
         return leaf_spine(self.leaves, self.spines, self.hosts_per_leaf, self.rate_bps, self.oversubscription)
@@ -72,7 +78,7 @@ class Lab:
     def trace(self, seed: int) -> Trace:
         """The flows of one run."""
         rng = np.random.default_rng(seed)
-        sizes, hosts = SizeDistribution.load(self.cdf), self.leaves * self.hosts_per_leaf
+        sizes, hosts = SizeDistribution.load(self.cdf), self.hosts
         n = int(rng.poisson(self.traffic_s / mean_gap_s(sizes, self.load * hosts, self.rate_bps, overload=True)))
         starts = np.sort(rng.uniform(0, self.traffic_s, max(n, 1)))
         return all_to_all(Trace.of(starts, sizes.sample(rng, len(starts))), hosts, rng)
@@ -87,6 +93,7 @@ class Tick:
         asked: rows it was asked for.
         choice: what it decided for them.
         ended: flows that ended since the tick before.
+        ended_long: the long ones of them.
         long: long flows under way.
         short: short flows under way.
         spread: most less fewest long flows over the uplinks of a rack, mean over racks.
@@ -96,9 +103,18 @@ class Tick:
     asked: Ints
     choice: Choice
     ended: FlowResults
+    ended_long: FlowResults
     long: int
     short: int
     spread: float
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """A scheme that wants to know of ended flows too; one object per run."""
+
+    def watch(self, ended: FlowResults) -> None:
+        """These long flows have ended since the tick before."""
 
 
 def ticks(lab: Lab, chooser: LongFlowScheme, seed: int) -> Iterator[Tick]:
@@ -114,6 +130,9 @@ def ticks(lab: Lab, chooser: LongFlowScheme, seed: int) -> Iterator[Tick]:
         now_s += lab.tick_s
         ended = simulation.run_until(now_s)
         left -= len(ended)
+        ended_long = ended.rows(np.flatnonzero(ended.size_bytes > lab.long_bytes))
+        if isinstance(chooser, Watcher):
+            chooser.watch(ended_long)
         active = simulation.active()
         long = active.attained_bytes >= lab.long_bytes
         flows, due = memory.seen(lab, topology, active, long, now_s)
@@ -124,7 +143,8 @@ def ticks(lab: Lab, chooser: LongFlowScheme, seed: int) -> Iterator[Tick]:
             for flow, priority, route in zip(active.flow[long][due], choice.priority, choice.route, strict=True):
                 level = lab.levels - 1 - int(priority)
                 simulation.set_verdict(int(flow), level, None if route == UNKNOWN_ROUTE else int(route))
-        yield Tick(flows, due, choice, ended, len(flows), int((~long).sum()), _spread(topology, active, long))
+        spread = _spread(topology, active, long)
+        yield Tick(flows, due, choice, ended, ended_long, len(flows), int((~long).sum()), spread)
 
 
 class _Memory:

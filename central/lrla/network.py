@@ -11,7 +11,9 @@
 Shapes: n flows, m of them asked for, R routes, P priorities.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from central.lrla.flow_set import MAX_PRIORITIES, Bools, Floats, FlowSet, Ints, route_loads, route_shares
 from central.lrla.rules import SHORTEST_FIRST_BYTES, costs, priorities
+from simulator.results import FlowResults
 
 FEATURES = 9
 HIDDEN = 32
@@ -88,7 +91,36 @@ def batch_of(flows: FlowSet, asked: Ints) -> Batch:
     )
 
 
-class PolicyNetwork(nn.Module):
+class Eyes(Protocol):
+    """Make of the flows of one run what a network sees; may remember."""
+
+    def watch(self, ended: FlowResults) -> None:
+        """These long flows have ended."""
+
+    def see(self, flows: FlowSet, asked: Ints) -> Any:
+        """The decision on rows `asked`; has `usable`, bool (m, R)."""
+
+
+class Policy(nn.Module, ABC):
+    """What REINFORCE trains: called with what its eyes see, it gives logits (m, R) and (m, P)."""
+
+    @abstractmethod
+    def eyes(self) -> Eyes:
+        """For a new run."""
+
+
+class FlowEyes:
+    """Sees the flows under way, remembers nothing."""
+
+    def watch(self, ended: FlowResults) -> None:
+        """Nothing is remembered."""
+
+    def see(self, flows: FlowSet, asked: Ints) -> Batch:
+        """See `batch_of`."""
+        return batch_of(flows, asked)
+
+
+class PolicyNetwork(Policy):
     """Scores for routes and priorities of long flows."""
 
     def __init__(self) -> None:
@@ -99,6 +131,10 @@ class PolicyNetwork(nn.Module):
         # How much a flow more on a route counts, and how firmly the rule's priority is held, at the start.
         self.load_weight = nn.Parameter(torch.tensor(2.0))
         self.rule_weight = nn.Parameter(torch.tensor(1.0))
+
+    def eyes(self) -> Eyes:
+        """See `Policy.eyes`."""
+        return FlowEyes()
 
     def corrections(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the network adds to the rules' scores: (m, R) and (m, P)."""

@@ -11,14 +11,17 @@ Deterministic by the seed on one thread.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from central.lrla.flow_set import UNKNOWN_ROUTE, Choice, Floats, FlowSet, Ints
 from central.lrla.laboratory import Lab, ticks
-from central.lrla.network import Batch, PolicyNetwork, batch_of, log_probability
+from central.lrla.network import Policy, log_probability
+from simulator.results import FlowResults
 
 
 @dataclass(frozen=True)
@@ -55,35 +58,50 @@ class Settings:
 
 
 class Sampler:
-    """A scheme that draws from the network's probabilities, and keeps what it saw and did."""
+    """A scheme that draws from the network's probabilities, and keeps what it saw and did. One per run."""
 
     name = "sampled"
 
-    def __init__(self, network: PolicyNetwork, generator: torch.Generator) -> None:
+    def __init__(self, network: Policy, generator: torch.Generator) -> None:
         self._network = network
+        self._eyes = network.eyes()
         self._generator = generator
-        self.decisions: list[tuple[Batch, Tensor, Tensor]] = []
+        self.decisions: list[tuple[Any, Tensor, Tensor]] = []
+
+    def watch(self, ended: FlowResults) -> None:
+        """See `laboratory.Watcher`."""
+        self._eyes.watch(ended)
 
     def decide(self, flows: FlowSet, asked: Ints) -> Choice:
         """One draw per flow."""
-        batch = batch_of(flows, asked)
+        seen = self._eyes.see(flows, asked)
         with torch.no_grad():
             routes, ranks = (
                 torch.multinomial(torch.softmax(scores, dim=1), 1, generator=self._generator)[:, 0]
-                for scores in self._network(batch)
+                for scores in self._network(seen)
             )
-        self.decisions.append((batch, routes, ranks))
-        chosen = torch.where(batch.usable.any(dim=1), routes, torch.tensor(UNKNOWN_ROUTE))
+        self.decisions.append((seen, routes, ranks))
+        chosen = torch.where(seen.usable.any(dim=1), routes, torch.tensor(UNKNOWN_ROUTE))
         return Choice(ranks.numpy(), chosen.numpy())
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One run of the policy."""
+    """One run of the policy; n ticks, d of them with decisions.
 
-    costs: Floats  # (ticks,)
-    decisions: list[tuple[Batch, Tensor, Tensor]]
-    at: list[int]  # tick of each
+    Attributes:
+        costs: of each tick, shape (n,).
+        gains: size over completion time of the long flows that ended, by tick and sender, shape (n, hosts), bit/s.
+        at: tick of each decision, shape (d,).
+        senders: of the flows decided on, d arrays of shape (m,).
+        decisions: what was seen and done; stays where the run was made.
+    """
+
+    costs: Floats
+    gains: Floats
+    at: list[int]
+    senders: list[Ints]
+    decisions: list[tuple[Any, Tensor, Tensor]]
 
 
 def draw(settings: Settings, rng: np.random.Generator) -> Lab:
@@ -98,15 +116,19 @@ def draw(settings: Settings, rng: np.random.Generator) -> Lab:
     )
 
 
-def roll(lab: Lab, network: PolicyNetwork, seed: int, generator: torch.Generator, short_weight: float) -> Rollout:
+def roll(lab: Lab, network: Policy, seed: int, generator: torch.Generator, short_weight: float) -> Rollout:
     """One run; its traffic is the seed's, its chances the generator's."""
     sampler = Sampler(network, generator)
-    costs, at = [], []
+    costs, gains, at, senders = [], [], [], []
     for number, tick in enumerate(ticks(lab, sampler, seed)):
         costs.append((tick.long + short_weight * tick.short) * lab.tick_s)
+        gains.append(
+            np.bincount(tick.ended_long.host, tick.ended_long.size_bytes * 8 / tick.ended_long.fct_s, lab.hosts)
+        )
         if len(tick.asked):
             at.append(number)
-    return Rollout(np.array(costs), sampler.decisions, at)
+            senders.append(tick.flows.source[tick.asked])
+    return Rollout(np.array(costs), np.array(gains), at, senders, sampler.decisions)
 
 
 def returns(costs: Floats, discount: float) -> Floats:
@@ -127,23 +149,60 @@ def advantages(rollouts: list[Rollout], discount: float) -> list[Floats]:
     return [left[row, : len(rollout.costs)] / scale for row, rollout in enumerate(rollouts)]
 
 
-def update(
-    network: PolicyNetwork, optimiser: torch.optim.Optimizer, rollouts: list[Rollout], settings: Settings, tick_s: float
+def weights_of(rollouts: list[Rollout], settings: Settings, tick_s: float) -> list[list[Floats]]:
+    """What the log probability of each decided flow is multiplied by: per run and decision, shape (m,)."""
+    found = advantages(rollouts, float(np.exp(-tick_s / settings.horizon_s)))
+    return [
+        [np.full(len(senders), advantage[tick]) for tick, senders in zip(rollout.at, rollout.senders, strict=True)]
+        for rollout, advantage in zip(rollouts, found, strict=True)
+    ]
+
+
+class Gradient(NamedTuple):
+    """Of one run, as sums over its decided flows."""
+
+    parts: list[npt.NDArray[np.float32]]  # in the order of the network's parameters
+    entropy: float
+    decisions: int
+
+
+def gradient(
+    network: Policy, decisions: list[tuple[Any, Tensor, Tensor]], weights: list[Floats], bonus: float
+) -> Gradient:
+    """Of minus (weight times log probability plus bonus times entropy).
+
+    Args:
+        network: the policy.
+        decisions: of one run.
+        weights: of the flows of each, shape (m,).
+        bonus: weight of the entropy.
+    """
+    network.zero_grad()
+    terms, entropies = [], 0.0
+    for (seen, route, priority), weight in zip(decisions, weights, strict=True):
+        logs, entropy = log_probability(network(seen), route, priority)
+        terms.append(-((torch.from_numpy(weight).float() * logs).sum() + bonus * entropy.sum()))
+        entropies += float(entropy.detach().sum())
+    if terms:
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+    parts = [
+        np.zeros(tuple(each.shape), np.float32) if each.grad is None else each.grad.numpy().copy()
+        for each in network.parameters()
+    ]
+    return Gradient(parts, entropies, sum(len(weight) for weight in weights))
+
+
+def step(
+    network: Policy, optimiser: torch.optim.Optimizer, gradients: list[Gradient], longest: float
 ) -> dict[str, float]:
-    """One step of policy gradient on runs of the same traffic; what happened."""
-    discount = float(np.exp(-tick_s / settings.horizon_s))
-    optimiser.zero_grad()
-    decisions = sum(len(batch.asked) for rollout in rollouts for batch, _, _ in rollout.decisions)
-    told = {"entropy": 0.0}
-    for rollout, advantage in zip(rollouts, advantages(rollouts, discount), strict=True):
-        terms = []
-        for tick, (batch, route, priority) in zip(rollout.at, rollout.decisions, strict=True):
-            logs, entropy = log_probability(network(batch), route, priority)
-            terms.append(-(float(advantage[tick]) * logs.sum() + settings.entropy * entropy.sum()))
-            told["entropy"] += float(entropy.detach().sum()) / max(decisions, 1)
-        if terms:
-            (torch.stack(terms).sum() / max(decisions, 1)).backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_norm)
+    """One step of the optimiser on the mean over all decided flows, at most `longest` long; what happened."""
+    decisions = max(sum(one.decisions for one in gradients), 1)
+    for number, each in enumerate(network.parameters()):
+        total = torch.from_numpy(gradients[0].parts[number].copy())
+        for one in gradients[1:]:  # in the order of the runs: the same sum whoever made them
+            total += torch.from_numpy(one.parts[number])
+        each.grad = total / decisions
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), longest)
     optimiser.step()
-    cost = float(np.mean([rollout.costs.sum() for rollout in rollouts]))
-    return {"cost": cost, **told, "gradient": float(norm), "decisions": float(decisions)}
+    entropy = sum(one.entropy for one in gradients) / decisions
+    return {"entropy": entropy, "gradient": float(norm), "decisions": float(decisions)}

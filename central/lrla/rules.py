@@ -141,7 +141,7 @@ def _assign(
                 down[destination[i], r] += moved
 
 
-SHORTEST_FIRST_BYTES = (2e6, 3.9e6)  # found best in `fabricpilot bench lrla` (docs/lrla.md)
+SHORTEST_FIRST_BYTES = (2e6, 3.9e6)  # picked by hand from a few (docs/lrla.md)
 RULES: dict[str, LongFlowScheme] = {
     "ecmp": Ecmp(),
     "least-loaded": LeastLoaded(),

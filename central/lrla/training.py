@@ -1,14 +1,50 @@
-"""`fabricpilot train lrla`: REINFORCE in the laboratory, as a `Trainer`."""
+"""`fabricpilot train lrla`: REINFORCE in the laboratory, as a `Trainer`.
 
+An iteration: the workers make the runs; the learner weighs them against each other; the workers take the gradients of
+their own runs; the learner adds these up, run by run, and steps.
+"""
+
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from central.lrla.flow_set import Floats
+from central.lrla.laboratory import Lab
 from central.lrla.network import PolicyNetwork
-from central.lrla.reinforce import Settings, draw, roll, update
-from central.training import checkpoint
+from central.lrla.reinforce import Gradient, Rollout, Settings, draw, gradient, roll, step, weights_of
+from central.training import checkpoint, workers
+
+
+class Runner:
+    """The runs of one worker. What a run does depends on its arguments alone, so the number of workers changes nothing.
+
+    Between `roll` and `gradients` the runs stay here: only costs and gradients travel.
+    """
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        torch.set_num_threads(1)
+        self._settings = settings
+        self._network = PolicyNetwork()
+        self._rollouts: list[Rollout] = []
+
+    def roll(self, now: list[Any], lab: Lab, traffic: int, chances: list[int]) -> list[Rollout]:
+        """A run for each seed of chances, on the same traffic, with the network's values `now`; without decisions."""
+        names = self._network.state_dict()
+        self._network.load_state_dict({name: torch.from_numpy(v) for name, v in zip(names, now, strict=True)})
+        generators = (torch.Generator().manual_seed(chance) for chance in chances)
+        short = self._settings.short_weight
+        self._rollouts = [roll(lab, self._network, traffic, generator, short) for generator in generators]
+        return [replace(rollout, decisions=[]) for rollout in self._rollouts]
+
+    def gradients(self, weights: list[list[Floats]]) -> list[Gradient]:
+        """Of these runs, with the weights of their decisions."""
+        bonus = self._settings.entropy
+        pairs = zip(self._rollouts, weights, strict=True)
+        return [gradient(self._network, rollout.decisions, its, bonus) for rollout, its in pairs]
 
 
 class LrlaTrainer:
@@ -17,9 +53,14 @@ class LrlaTrainer:
     Args:
         settings: hyper-parameters.
         seed: of everything.
+        count: workers.
+        ray_address: where they are; None: on this machine.
+
+    Raises:
+        UsageError: as `workers.start`.
     """
 
-    def __init__(self, settings: Settings, seed: int) -> None:
+    def __init__(self, settings: Settings, seed: int, count: int = 1, ray_address: str | None = None) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         self.settings = settings
@@ -27,8 +68,9 @@ class LrlaTrainer:
         self.total = settings.iterations
         self.network = PolicyNetwork()
         self._optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
-        self._generator = torch.Generator().manual_seed(seed)
         self._random = np.random.default_rng(seed)
+        self._shares = np.array_split(np.arange(settings.runs), count)
+        self._workers = workers.start(partial(Runner, settings), count, ray_address)
 
     def advance(self) -> dict[str, float]:
         """One iteration."""
@@ -36,11 +78,19 @@ class LrlaTrainer:
             group["lr"] = self.settings.learning_rate * (1 - self.done / self.total)
         lab = draw(self.settings, self._random)
         traffic = int(self._random.integers(2**31))
-        runs = range(self.settings.runs)
-        rollouts = [roll(lab, self.network, traffic, self._generator, self.settings.short_weight) for _ in runs]
-        told = update(self.network, self._optimiser, rollouts, self.settings, lab.tick_s)
+        chances = self._random.integers(2**31, size=self.settings.runs)
+        now = [value.numpy() for value in self.network.state_dict().values()]
+        rollouts = self._ask("roll", [(now, lab, traffic, chances[share].tolist()) for share in self._shares])
+        weights = weights_of(rollouts, self.settings, lab.tick_s)
+        gradients = self._ask("gradients", [([weights[run] for run in share],) for share in self._shares])
+        told = step(self.network, self._optimiser, gradients, self.settings.gradient_norm)
         self.done += 1
-        return told
+        return {"cost": float(np.mean([rollout.costs.sum() for rollout in rollouts]))} | told
+
+    def _ask(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """What the workers answer, in the order of the runs."""
+        self._workers.begin(method, arguments)
+        return [one for part in self._workers.collect() for one in part]
 
     def state(self) -> dict[str, Any]:
         """See `Trainer.state`."""
@@ -48,7 +98,6 @@ class LrlaTrainer:
             "done": self.done,
             "network": dict(self.network.state_dict()),
             "optimiser": self._optimiser.state_dict(),
-            "generator": self._generator.get_state(),
             "random": self._random.bit_generator.state,
         }
 
@@ -57,7 +106,6 @@ class LrlaTrainer:
         self.done = state["done"]
         self.network.load_state_dict(state["network"])
         self._optimiser.load_state_dict(state["optimiser"])
-        self._generator.set_state(state["generator"])
         self._random.bit_generator.state = state["random"]
 
     def export(self, path: Path, record: dict[str, Any]) -> None:
@@ -65,4 +113,5 @@ class LrlaTrainer:
         checkpoint.save(path, {"network": dict(self.network.state_dict()), "record": record})
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """End the workers."""
+        self._workers.close()

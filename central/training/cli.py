@@ -73,12 +73,9 @@ def lrla(config: Path | None, seed: int, workers: int, ray: str | None, resume: 
     from central.lrla.reinforce import Settings
     from central.lrla.training import LrlaTrainer
     from central.training.settings import read
-    from fabricpilot.errors import UsageError
 
-    if workers != 1 or ray is not None:
-        raise UsageError("train lrla works in one process: leave --workers and --ray out")
     settings = read(Settings, config)
-    _run(lambda: LrlaTrainer(settings, seed), "lrla", settings, seed, resume, out)
+    _run(lambda: LrlaTrainer(settings, seed, workers, ray), "lrla", settings, seed, resume, out)
 
 
 def _run(make: Callable[[], "Trainer"], agent: str, settings: object, seed: int, resume: bool, out: Path) -> None:

@@ -9,11 +9,12 @@ import torch
 from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
 from central.lrla.learned import SHIPPED, LearnedScheme
 from central.lrla.network import MASKED, PolicyNetwork, batch_of, log_probability
-from central.lrla.reinforce import Rollout, Sampler, Settings, advantages, returns, update
+from central.lrla.reinforce import Rollout, Sampler, Settings, advantages, gradient, returns, step, weights_of
 from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
 from central.lrla.training import LrlaTrainer
 from central.training import checkpoint
+from central.training.settings import as_record, read
 from fabricpilot.errors import UsageError
 
 TINY = Settings(iterations=2, runs=2, traffic_s=0.4)
@@ -84,7 +85,7 @@ def test_returns_by_hand():
 
 
 def test_advantages_are_what_the_decisions_made_of_the_same_traffic():
-    rollouts = [Rollout(np.array(costs), [], []) for costs in ([1.0, 2.0], [1.0, 4.0, 2.0])]
+    rollouts = [Rollout(np.array(costs), np.zeros((0, 0)), [], [], []) for costs in ([1.0, 2.0], [1.0, 4.0, 2.0])]
     one, other = advantages(rollouts, 1.0)
     # Returns (-2, 0, 0) and (-6, -2, 0): less their means (2, 1, 0) and (-2, -1, 0), deviation sqrt(10 / 6).
     scale = np.sqrt(10 / 6)
@@ -131,8 +132,11 @@ def test_a_toy_task_is_learned_in_seconds():
             sampler, costs = Sampler(plain, chances), [0.0]
             for known in situations:
                 costs.append(wrong(known, sampler.decide(known, np.arange(12)).priority))
-            rollouts.append(Rollout(np.array(costs), sampler.decisions, list(range(4))))
-        update(plain, optimiser, rollouts, settings, tick_s=1e-3)
+            senders = [known.source for known in situations]
+            rollouts.append(Rollout(np.array(costs), np.zeros((0, 0)), list(range(4)), senders, sampler.decisions))
+        weights = weights_of(rollouts, settings, 1e-3)
+        pairs = zip(rollouts, weights, strict=True)
+        step(plain, optimiser, [gradient(plain, rollout.decisions, its, 0.0) for rollout, its in pairs], 1.0)
     fresh = some_flows(200, 99, migration=np.zeros(200, np.bool_))
     assert wrong(fresh, LearnedScheme(plain).decide(fresh, np.arange(200)).priority) < 20
 
@@ -151,6 +155,25 @@ def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
     known, asked = some_flows(), np.arange(40)
     loaded = LearnedScheme.load(tmp_path / "weights.npz").decide(known, asked)
     assert loaded.route.tolist() == LearnedScheme(other.network).decide(known, asked).route.tolist()
+
+
+def test_the_same_weights_with_two_processes():
+    one, two = LrlaTrainer(replace(TINY, runs=3), 7), LrlaTrainer(replace(TINY, runs=3), 7, 2)
+    try:
+        for _ in range(TINY.iterations):
+            assert one.advance() == two.advance()
+    finally:
+        two.close()
+    before = LrlaTrainer(TINY, 7).network.state_dict()
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, two.network.state_dict()[name])
+    assert any(not torch.equal(value, before[name]) for name, value in one.network.state_dict().items())
+
+
+def test_the_record_of_a_run_holds_every_value():
+    record = as_record(Settings())
+    assert set(record) == set(Settings.__dataclass_fields__)
+    assert read(Settings, None, record) == Settings()
 
 
 def test_the_shipped_weights_are_small_and_say_how_they_were_made():
