@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from central.lrla.laboratory import Lab, Outcome
 
 BASELINE = "ecmp"
-NAMES = (BASELINE, "least-loaded", "shortest-first", "learned")
+NAMES = (BASELINE, "least-loaded", "shortest-first", "learned", "auto")
 
 
 @click.command()
@@ -29,7 +29,7 @@ NAMES = (BASELINE, "least-loaded", "shortest-first", "learned")
 def lrla(
     seeds: int, routes: str, load: float, oversubscription: float, cdf: str, traffic_s: float, as_json: bool
 ) -> None:
-    """Long flows under ECMP, the least loaded route, shortest first and the learned policy."""
+    """Long flows under ECMP, the least loaded route, shortest first, the learned policy and AuTO's."""
     from central.lrla.laboratory import Lab
 
     lab = Lab(cdf=cdf, load=load, oversubscription=oversubscription, traffic_s=traffic_s, renew_s=0.25)
@@ -48,12 +48,17 @@ def lrla(
 
 def compare(lab: "Lab", seeds: int) -> dict[str, Any]:
     """All schemes on one fabric: mean completion times in microseconds, and how far below the baseline they are."""
+    from central.lrla.auto import auto
     from central.lrla.laboratory import run
     from central.lrla.learned import LearnedScheme
     from central.lrla.rules import RULES
 
     schemes = {**RULES, "learned": LearnedScheme.load()}
-    runs = {name: [run(lab, schemes[name], seed) for seed in range(1, seeds + 1)] for name in NAMES}
+
+    def one(name: str, seed: int) -> "Outcome":
+        return run(lab, auto(seed=seed) if name == "auto" else schemes[name], seed)  # that one remembers
+
+    runs = {name: [one(name, seed) for seed in range(1, seeds + 1)] for name in NAMES}
     return {name: _summary(outcomes, runs[BASELINE]) for name, outcomes in runs.items()}
 
 

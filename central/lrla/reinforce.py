@@ -5,13 +5,13 @@ Logic of one iteration:
   2. cost of a tick: flows under way times its length, long ones and others weighted; by Little's law its sum over a
      run is the sum of completion times. Returns: discounted costs from a tick on
   3. advantage of a decision: its return less the mean return of all runs at that tick. As all had the same traffic,
-     what is left is what the decisions made of it
+     what is left is what the decisions made of it (AuTO's own network instead: its reward and baseline, `paper.py`)
   4. one step of Adam along advantage times log probability, with an entropy bonus
 Deterministic by the seed on one thread.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 from central.lrla.flow_set import UNKNOWN_ROUTE, Choice, Floats, FlowSet, Ints
 from central.lrla.laboratory import Lab, ticks
 from central.lrla.network import Policy, log_probability
+from central.lrla.paper import Baseline, PaperSettings, rewards
 from simulator.results import FlowResults
 
 
@@ -40,6 +41,8 @@ class Settings:
         renew_s: how often a flow is decided on again, as reports come.
         loads, spines, oversubscriptions: fabrics are drawn from these.
         cdfs: and traffic from these.
+        network: `sets` (network.py) or AuTO's own, `paper` (paper.py), with its reward and baseline.
+        paper: what that leaves open.
     """
 
     iterations: int = 45
@@ -55,6 +58,8 @@ class Settings:
     spines: tuple[int, ...] = (2, 4)
     oversubscriptions: tuple[float, ...] = (1.0, 2.0)
     cdfs: tuple[str, ...] = ("websearch_bytes_hpcc", "datamining_vl2_bytes_trafficgenerator")
+    network: Literal["sets", "paper"] = "sets"
+    paper: PaperSettings = field(default_factory=PaperSettings)
 
 
 class Sampler:
@@ -155,6 +160,18 @@ def weights_of(rollouts: list[Rollout], settings: Settings, tick_s: float) -> li
     return [
         [np.full(len(senders), advantage[tick]) for tick, senders in zip(rollout.at, rollout.senders, strict=True)]
         for rollout, advantage in zip(rollouts, found, strict=True)
+    ]
+
+
+def paper_weights(rollouts: list[Rollout], settings: Settings, tick_s: float, baseline: Baseline) -> list[list[Floats]]:
+    """As `weights_of`, as published: the sender's reward less the running mean, which takes these in first."""
+    ticks_per_step = max(round(settings.paper.step_s / tick_s), 1)
+    found = [rewards(run.gains, np.array(run.at, np.int64), ticks_per_step, settings.paper.cap) for run in rollouts]
+    for values in found:
+        baseline.add(values)
+    return [
+        [left[senders] for left, senders in zip(values - baseline.mean, rollout.senders, strict=True)]
+        for rollout, values in zip(rollouts, found, strict=True)
     ]
 
 

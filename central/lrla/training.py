@@ -14,9 +14,15 @@ import torch
 
 from central.lrla.flow_set import Floats
 from central.lrla.laboratory import Lab
-from central.lrla.network import PolicyNetwork
-from central.lrla.reinforce import Gradient, Rollout, Settings, draw, gradient, roll, step, weights_of
+from central.lrla.network import Policy, PolicyNetwork
+from central.lrla.paper import Baseline, PaperNetwork
+from central.lrla.reinforce import Gradient, Rollout, Settings, draw, gradient, paper_weights, roll, step, weights_of
 from central.training import checkpoint, workers
+
+
+def network_of(settings: Settings) -> Policy:
+    """The network that the settings name, with its first weights."""
+    return PaperNetwork(settings.paper.layers) if settings.network == "paper" else PolicyNetwork()
 
 
 class Runner:
@@ -28,7 +34,7 @@ class Runner:
     def __init__(self, settings: Settings, index: int) -> None:
         torch.set_num_threads(1)
         self._settings = settings
-        self._network = PolicyNetwork()
+        self._network = network_of(settings)
         self._rollouts: list[Rollout] = []
 
     def roll(self, now: list[Any], lab: Lab, traffic: int, chances: list[int]) -> list[Rollout]:
@@ -66,7 +72,8 @@ class LrlaTrainer:
         self.settings = settings
         self.done = 0
         self.total = settings.iterations
-        self.network = PolicyNetwork()
+        self.network = network_of(settings)
+        self._baseline = Baseline(Lab().hosts)
         self._optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
         self._random = np.random.default_rng(seed)
         self._shares = np.array_split(np.arange(settings.runs), count)
@@ -81,7 +88,10 @@ class LrlaTrainer:
         chances = self._random.integers(2**31, size=self.settings.runs)
         now = [value.numpy() for value in self.network.state_dict().values()]
         rollouts = self._ask("roll", [(now, lab, traffic, chances[share].tolist()) for share in self._shares])
-        weights = weights_of(rollouts, self.settings, lab.tick_s)
+        if self.settings.network == "paper":
+            weights = paper_weights(rollouts, self.settings, lab.tick_s, self._baseline)
+        else:
+            weights = weights_of(rollouts, self.settings, lab.tick_s)
         gradients = self._ask("gradients", [([weights[run] for run in share],) for share in self._shares])
         told = step(self.network, self._optimiser, gradients, self.settings.gradient_norm)
         self.done += 1
@@ -99,6 +109,7 @@ class LrlaTrainer:
             "network": dict(self.network.state_dict()),
             "optimiser": self._optimiser.state_dict(),
             "random": self._random.bit_generator.state,
+            "baseline": [self._baseline.count, self._baseline.total],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -107,6 +118,7 @@ class LrlaTrainer:
         self.network.load_state_dict(state["network"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._random.bit_generator.state = state["random"]
+        self._baseline.count, self._baseline.total = (np.array(values) for values in state["baseline"])
 
     def export(self, path: Path, record: dict[str, Any]) -> None:
         """See `Trainer.export`."""

@@ -1,7 +1,7 @@
 """Hyper-parameters from a TOML file: keys are the fields of a frozen dataclass, tables those inside it."""
 
 import tomllib
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -44,5 +44,6 @@ def _check_keys(table: dict[str, Any], kind: Any, where: str) -> None:
 
 def as_record(settings: Any) -> dict[str, Any]:
     """All values, as JSON keeps them."""
-    record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings))
+    # `asdict` looks defaults up too; of settings that were read, msgspec itself writes only what the file gave.
+    record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(asdict(settings)))
     return record

@@ -9,6 +9,7 @@ import torch
 from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
 from central.lrla.learned import SHIPPED, LearnedScheme
 from central.lrla.network import MASKED, PolicyNetwork, batch_of, log_probability
+from central.lrla.paper import PaperSettings
 from central.lrla.reinforce import Rollout, Sampler, Settings, advantages, gradient, returns, step, weights_of
 from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
@@ -171,9 +172,11 @@ def test_the_same_weights_with_two_processes():
 
 
 def test_the_record_of_a_run_holds_every_value():
-    record = as_record(Settings())
+    record = as_record(read(Settings, None, {"network": "paper", "paper": {"cap": 3.0}}))
     assert set(record) == set(Settings.__dataclass_fields__)
-    assert read(Settings, None, record) == Settings()
+    assert record["iterations"] == Settings.iterations
+    assert record["paper"] == {"layers": [128, 128], "step_s": 1.0, "cap": 3.0}
+    assert read(Settings, None, record) == Settings(network="paper", paper=PaperSettings(cap=3.0))
 
 
 def test_the_shipped_weights_are_small_and_say_how_they_were_made():
