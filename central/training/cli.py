@@ -30,7 +30,13 @@ def training_options(command: _CommandT) -> _CommandT:
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."),
         click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint."),
         click.option("--ray", metavar="ADDRESS", help="Work on this Ray cluster; `local` starts one (extra `scale`)."),
-        click.option("--workers", default=1, show_default=True, help="Processes, or Ray actors, that simulate."),
+        click.option(
+            "--workers",
+            default=1,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Processes, or Ray actors, that simulate.",
+        ),
         click.option("--seed", default=1, show_default=True, help="Same seed, same run."),
         click.option("--config", type=click.Path(path_type=Path), help="TOML file of hyper-parameters."),
     ):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
 from central.lrla.learned import SHIPPED, LearnedScheme
@@ -15,6 +16,7 @@ from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
 from central.lrla.training import LrlaTrainer
 from central.training import checkpoint
+from central.training.cli import train
 from central.training.settings import as_record, read
 from fabricpilot.errors import UsageError
 
@@ -169,6 +171,14 @@ def test_the_same_weights_with_two_processes():
     for name, value in one.network.state_dict().items():
         assert torch.equal(value, two.network.state_dict()[name])
     assert any(not torch.equal(value, before[name]) for name, value in one.network.state_dict().items())
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_a_wrong_number_of_workers_is_refused(tmp_path, workers):
+    told = CliRunner().invoke(train, ["lrla", "--workers", workers, "--out", str(tmp_path / "run")])
+    assert told.exit_code == 2
+    assert "--workers" in told.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_record_of_a_run_holds_every_value():
