@@ -99,6 +99,9 @@ def test_a_flood_does_not_push_out_flows_that_go_on(kernel_sender):
     assert counters["insert_failed"] == counters["over_share"] == 0
 
 
+TICKS_S = 0.02  # the program's clock moves by ticks, of 10 ms at most: one may be gained at either end
+
+
 def test_a_source_has_a_share_of_new_flows(kernel_sender):
     rate = 500
     kernel_sender.datapath.apply(replace(SETTINGS, new_flows_per_s=rate))
@@ -109,7 +112,7 @@ def test_a_source_has_a_share_of_new_flows(kernel_sender):
     took_s = time.monotonic() - began
     counters = kernel_sender.datapath.counters()
     assert counters["flows_inserted"] + counters["over_share"] == 6002
-    assert counters["flows_inserted"] <= rate * (took_s + 1) + 2
+    assert counters["flows_inserted"] <= rate * (took_s + 1 + TICKS_S) + 2
     assert counters["packets_level_0"] == counters["flows_inserted"]
     assert counters["packets_level_3"] == counters["over_share"] > 0
 
@@ -143,7 +146,7 @@ def test_acknowledgements_without_a_flow_have_a_share_of_their_own(kernel_sender
     took_s = time.monotonic() - began
     counters = kernel_sender.datapath.counters()
     assert counters["flowless"] + counters["over_share"] == 8001
-    assert 16 * rate / 2 < counters["flowless"] <= 16 * rate * (took_s + 1) + 1
+    assert 16 * rate / 2 < counters["flowless"] <= 16 * rate * (took_s + 1 + TICKS_S) + 1
     assert counters["packets_level_0"] == counters["flowless"]
     assert len(kernel_sender.datapath.flows()) == 0
 
