@@ -17,18 +17,17 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from fabricpilot.client_socket import Named, prepare
 from fabricpilot.config import LinkSection
-from fabricpilot.endpoints import check_insecure, split_endpoint
+from fabricpilot.endpoints import split_endpoint
 from fabricpilot.errors import UsageError
-from fabricpilot.keys import check_host_name, read_pair, read_public
+from fabricpilot.keys import check_host_name
 from fabricpilot.wire import (
-    MAX_MESSAGE_BYTES,
     Ack,
     FromCentral,
     Hello,
@@ -162,17 +161,10 @@ class HostLink:
         options.linger = 0
         options.sndhwm, options.rcvhwm = _SEND_QUEUE, _RECEIVE_QUEUE
         options.immediate = True  # nothing is queued for a connection that is not there
-        options.maxmsgsize = MAX_MESSAGE_BYTES
         options.reconnect_ivl = -1  # the attempts are ours
         options.connect_timeout, options.handshake_ivl = _CONNECT_TIMEOUT_MS, _HANDSHAKE_TIMEOUT_MS
         options.tcp_maxrt = _DEAD_PEER_MS
-        options.ipv6 = "[" in section.endpoint
-        if section.insecure:
-            check_insecure(section.endpoint, "link.endpoint")
-        else:
-            pair = read_pair(Path(section.key), "link.key")
-            options.curve_serverkey = read_public(Path(section.central_key), "link.central_key")
-            options.curve_publickey, options.curve_secretkey = pair.public, pair.secret
+        prepare(options, section, Named("link.endpoint", "link.key", "link.central_key"))
 
     def _attempt(self) -> None:
         """Begin a connection in place of the one before."""

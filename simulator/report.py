@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fabricpilot.errors import UsageError
 from simulator.statistics import BUCKETS, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def table(summaries: Mapping[str, Summary], title: str) -> Table:
@@ -51,20 +55,12 @@ def plot(summaries: Mapping[str, Summary], title: str, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    shown = [name for name, _ in BUCKETS if any(name == b.name for s in summaries.values() for b in s.buckets)]
-    width = 0.8 / len(summaries)
+    draw_by_size(left, {n: {b.name: b.mean_us for b in s.buckets} for n, s in summaries.items()})
     for index, (scheme, summary) in enumerate(summaries.items()):
-        means = {b.name: b.mean_us / 1e3 for b in summary.buckets}
-        at = [i + (index - (len(summaries) - 1) / 2) * width for i, name in enumerate(shown) if name in means]
-        left.bar(at, [means[name] for name in shown if name in means], width, label=scheme, color=f"C{index}")
         middle = [c.name.removeprefix("<= ").removeprefix("> ").removesuffix(" B") for c in summary.classes]
         sizes = [float(edge) for edge in middle]
         right.plot(sizes, [c.p50_slowdown for c in summary.classes], color=f"C{index}", label=f"{scheme}, median")
         right.plot(sizes, [c.p99_slowdown for c in summary.classes], "--", color=f"C{index}", label=f"{scheme}, p99")
-    left.set_xticks(range(len(shown)), shown)
-    left.set_yscale("log")
-    left.set_ylabel("mean FCT (ms)")
-    left.set_xlabel("flow size")
     left.legend()
     right.set_xscale("log")
     right.set_yscale("log")
@@ -76,3 +72,17 @@ def plot(summaries: Mapping[str, Summary], title: str, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot draw {path}: {error}") from error
+
+
+def draw_by_size(panel: "Axes", mean_us: Mapping[str, Mapping[str, float]]) -> None:
+    """Bars beside each other: mean FCT of every scheme by size bucket, `{scheme: {bucket: microseconds}}`."""
+    shown = [name for name, _ in BUCKETS if any(name in means for means in mean_us.values())]
+    width = 0.8 / len(mean_us)
+    for index, (scheme, means) in enumerate(mean_us.items()):
+        at = [i + (index - (len(mean_us) - 1) / 2) * width for i, name in enumerate(shown) if name in means]
+        heights = [means[name] / 1e3 for name in shown if name in means]
+        panel.bar(at, heights, width, label=scheme, color=f"C{index}")
+    panel.set_xticks(range(len(shown)), shown)
+    panel.set_yscale("log")
+    panel.set_ylabel("mean FCT (ms)")
+    panel.set_xlabel("flow size")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.arrays import Floats, Ints
+from simulator.arrays import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ class FlowResults:
         """Sorted by flow number."""
         return self.rows(np.argsort(self.flow))
 
-    def rows(self, which: Ints) -> "FlowResults":
-        """Those at these places, in their order."""
+    def rows(self, which: Ints | Bools) -> "FlowResults":
+        """Those at these places, in their order, or those that a mask of shape (n,) says."""
         return FlowResults(*(getattr(self, name)[which] for name in _FIELDS))
 
 

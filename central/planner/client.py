@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -16,12 +15,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from central.planner.desk import START_S
 from central.planner.request import MOST_SECONDS, PlanOutcome, PlanRequest, pack, parts_of, unpack_outcome
+from fabricpilot.client_socket import Named, prepare
 from fabricpilot.config import LinkSection
-from fabricpilot.endpoints import check_insecure, split_endpoint
+from fabricpilot.endpoints import split_endpoint
 from fabricpilot.errors import FabricpilotError
-from fabricpilot.keys import check_host_name, read_pair, read_public
+from fabricpilot.keys import check_host_name
 from fabricpilot.wire import (
-    MAX_MESSAGE_BYTES,
     Message,
     Migrations,
     PlanAnswer,
@@ -103,14 +102,7 @@ def _connected(section: LinkSection, name: str) -> Iterator["zmq.Socket[bytes]"]
     socket = context.socket(zmq.DEALER)
     try:
         socket.linger = 1000
-        socket.maxmsgsize = MAX_MESSAGE_BYTES
-        socket.ipv6 = "[" in section.endpoint
-        if section.insecure:
-            check_insecure(section.endpoint, "--central")
-        else:
-            pair = read_pair(Path(section.key), "--key")
-            socket.curve_serverkey = read_public(Path(section.central_key), "--central-key")
-            socket.curve_publickey, socket.curve_secretkey = pair.public, pair.secret
+        prepare(socket, section, Named("--central", "--key", "--central-key"))
         monitor = socket.get_monitor_socket(_UP | sum(_FAILED))
         try:
             socket.connect(section.endpoint)

@@ -160,7 +160,7 @@ class MLFQThresholds(gym.Env[Features, npt.NDArray[np.float32]]):
             seen = Experience.of(results) if len(results) else None
             return compact(sizes, load, self._rate_bps, self._thresholds, seen)
         short = results.size_bytes < self._thresholds.bytes[-1]
-        chosen = FlowResults(*(getattr(results, name)[short] for name in results.__dataclass_fields__))
+        chosen = results.rows(short)
         ports = 32_768 + chosen.flow * 7919 % 28_232  # as a kernel draws ephemeral ports: of no meaning
         return paper(chosen, ports, self._hosts)
 

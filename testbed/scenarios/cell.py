@@ -53,7 +53,6 @@ class Cell:
         self.place = place
         self._group, self._hour_s, self._rate_bps = group, hour_s, rate_bps
         self._simulation = Simulation(ranking, star(HOSTS, rate_bps), receiver=0)
-        self._sees_backlog = ranking.basis in (BACKLOG, WRITTEN)
         self._rng = np.random.default_rng((place.seed, place.group, place.port))
         self._thresholds: Thresholds | None = None
         self._sequence = 0
@@ -78,6 +77,7 @@ class Cell:
     def hello(self, levels: int) -> Hello:
         """How this port's host introduces itself."""
         group = f"{self.place.group}-{self._group.name}"
+        ranking = self._simulation.scheme
         return Hello(
             host=self.place.name,
             group=group,
@@ -88,7 +88,7 @@ class Cell:
             epoch=0,
             thresholds=list(self._thresholds.bytes) if self._thresholds else [],
             version="",
-            visible_bytes=round(self._simulation.scheme.send_buffer_bytes) if self._sees_backlog else 0,
+            visible_bytes=round(ranking.send_buffer_bytes) if ranking.basis in (BACKLOG, WRITTEN) else 0,
         )
 
     def report(self, ended: FlowResults, interval_s: float) -> Report:

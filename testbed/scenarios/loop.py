@@ -71,10 +71,7 @@ def play(run: Run) -> Trail:
     ended += [cell.run_until(float("inf")) for cell in cells]
     flows = FlowResults.joined(ended)
     hour_of = (flows.start_s // scenario.hour_s).astype(int).clip(0, scenario.hours - 1)
-    by_hour = [
-        FlowResults(*(getattr(flows, name)[hour_of == hour] for name in FlowResults.__dataclass_fields__))
-        for hour in range(scenario.hours)
-    ]
+    by_hour = [flows.rows(hour_of == hour) for hour in range(scenario.hours)]
     return Trail(by_hour, trail, controller.changes if controller else 0)
 
 

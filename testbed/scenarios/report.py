@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fabricpilot.errors import UsageError
+from simulator.report import draw_by_size
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -64,15 +65,10 @@ def plot(document: dict[str, Any], path: Path) -> None:
             f"{field.removesuffix('_us')} FCT over that of {'fair' if 'fair' in schemes else next(iter(schemes))}"
         )
         panel.set_xlabel("hour")
-    shown = _bucket_names(document)
-    width = 0.8 / len(schemes)
-    for index, (name, found) in enumerate(schemes.items()):
-        means = {bucket["name"]: bucket["mean_us"] / 1e3 for bucket in found["buckets"]}
-        at = [i + (index - (len(schemes) - 1) / 2) * width for i, bucket in enumerate(shown) if bucket in means]
-        panels[2].bar(at, [means[b] for b in shown if b in means], width, color=f"C{index}", label=name)
-    panels[2].set_xticks(range(len(shown)), shown)
-    panels[2].set_yscale("log")
-    panels[2].set_ylabel("mean FCT (ms)")
+    draw_by_size(
+        panels[2],
+        {name: {b["name"]: b["mean_us"] for b in found["buckets"]} for name, found in schemes.items()},
+    )
     panels[2].legend(fontsize="small")
     figure.suptitle(f"{document['scenario']}: {document['about']}")
     try:
