@@ -20,8 +20,6 @@ from typing import Any, Final
 
 import click
 
-_NEVER_NS: Final = 3600 * 10**9
-ROOM: Final = 4 / 3  # table size over flows in it: the kernel keeps some free entries with each CPU
 _FLOWS: Final = (1 << 10, 1 << 17, 1 << 20)
 
 
@@ -57,22 +55,6 @@ def dataplane(repeat: int, rounds: int, flows: int, seconds: int, live: bool, as
         )
 
 
-def settings() -> Any:
-    """Eight levels; every DSCP may be written; a flow is one message, and a source may begin any number of flows."""
-    from fabricpilot.levels import default_dscp, default_thresholds
-    from hostagent.datapath.base import MessageRule, Settings
-
-    messages = MessageRule(gap_ns=_NEVER_NS, blind_gap_ns=_NEVER_NS, starved_ns=0)
-    return Settings(
-        default_thresholds(8),
-        default_dscp(8),
-        tuple(range(1, 9)),
-        respect_dscp=False,
-        messages=messages,
-        new_flows_per_s=0,
-    )
-
-
 def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
     """Figures of packets through the program alone.
 
@@ -85,6 +67,7 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
         KernelError: there is no bpf(2) or no bcc here.
     """
     from hostagent.datapath import bpf_syscall as bpf
+    from hostagent.datapath.bench_settings import ROOM, settings
     from hostagent.datapath.bench_visit import Visitor
     from hostagent.datapath.ebpf import EbpfDatapath
 
@@ -116,6 +99,7 @@ def _paths(datapath: Any, visitor: Any, program: int, repeat: int, rounds: int) 
     from fabricpilot.config import Rule
     from fabricpilot.wire import FlowVerdict
     from hostagent.datapath import bench_visit as frames
+    from hostagent.datapath.bench_settings import settings
     from hostagent.datapath.rules import compile_rules, parse_rules
     from hostagent.datapath.steering import Steering
 

@@ -65,7 +65,7 @@ def measure(flows: int, rate: int, seconds: int) -> dict[str, Any]:
 
 def _large_table(flows: int) -> dict[str, Any]:
     from hostagent.datapath import bpf_syscall as bpf
-    from hostagent.datapath.bench import ROOM, settings
+    from hostagent.datapath.bench_settings import ROOM, settings
     from hostagent.datapath.bench_visit import SYN, Visitor
     from hostagent.datapath.ebpf import EbpfDatapath
 

@@ -39,7 +39,7 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
     Raises:
         KernelError: no right to make a network namespace, no bpf(2), no bcc or no netfilter here.
     """
-    from hostagent.datapath.bench import settings
+    from hostagent.datapath.bench_settings import settings
     from hostagent.datapath.ebpf import EbpfDatapath
 
     net.enter_own_namespace()
@@ -129,7 +129,7 @@ def _sockets(datapath: Any) -> dict[str, int]:
     from pyroute2 import IPRoute
 
     from hostagent.datapath import bpf_syscall as bpf
-    from hostagent.datapath.bench import settings
+    from hostagent.datapath.bench_settings import settings
 
     def udp() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:

@@ -45,7 +45,7 @@ def measure(repeat: int, rounds: int) -> dict[str, Any]:
     from fabricpilot.config import Rule
     from fabricpilot.wire import FlowVerdict
     from hostagent.datapath import bpf_syscall as bpf
-    from hostagent.datapath.bench import settings
+    from hostagent.datapath.bench_settings import settings
     from hostagent.datapath.bench_visit import ACK, DATA, SYN
     from hostagent.datapath.ebpf import EbpfDatapath
     from hostagent.datapath.rules import compile_rules, parse_rules
