@@ -3,12 +3,14 @@
 The fixtures `pin_dir`, `wire` and `host` are lent to all tests on the kernel by tests/kernel/conftest.py.
 """
 
+import bisect
 import contextlib
+import itertools
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -134,6 +136,29 @@ def parsed(frame: bytes) -> Seen | None:
         return None
     sequence, flags = struct.unpack_from("!I", frame, offset + 4)[0], frame[offset + 13]
     return Seen(traffic_class >> 2, traffic_class & 3, sequence, flags, end - offset - (frame[offset + 12] >> 4) * 4)
+
+
+def first_time(packets: list[Seen]) -> list[tuple[int, Seen]]:
+    """Packets that carry payload for the first time, each with the count of bytes in front of it in its connection.
+
+    The count is of sequence numbers, not of what was captured: packets may overtake each other on their way.
+    """
+    starts = [(seen.sequence + 1) % 2**32 for seen in packets if seen.flags & 2]
+    starts += [seen.sequence for seen in packets if seen.payload_bytes]  # where the handshake was not captured
+    kept, highest = [], 0
+    for seen in packets:
+        place = (seen.sequence - starts[0]) % 2**32
+        if seen.payload_bytes and place >= highest:
+            kept.append((place, seen))
+            highest = place + seen.payload_bytes
+    return kept
+
+
+def message_at(place: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """The number of the message that has the byte at `place` of a connection, and that byte's place in the message."""
+    ends = list(itertools.accumulate(sizes))
+    number = bisect.bisect_right(ends, place)
+    return number, place - ends[number] + sizes[number]
 
 
 def transfer(host: Host, version: int, size_bytes: int, during=lambda sent: None) -> socket.socket:

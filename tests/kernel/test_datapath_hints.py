@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from datapath_kit import in_netns, run
-from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured
+from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured, first_time, message_at
 
 from fabricpilot.errors import UsageError
 from hostagent.datapath.base import SocketRule
@@ -65,27 +65,13 @@ def example(host: Host, cgroup: str, *sizes: int) -> str:
     )
 
 
-def first_time(packets: list[Seen]) -> list[Seen]:
-    """Packets with payload in the order of their bytes, each byte once."""
-    start = next(seen.sequence for seen in packets if seen.flags & 2) + 1
-    kept, highest = [], 0
-    for seen in packets:
-        if seen.payload_bytes and (seen.sequence - start) % 2**32 >= highest:
-            kept.append(seen)
-            highest = (seen.sequence - start) % 2**32 + seen.payload_bytes
-    return kept
-
-
 def levels_by_message(packets: list[Seen], sizes: list[int]) -> list[set[int]]:
     """Levels of the packets that lie wholly in each message."""
-    position, levels = 0, [set() for _ in sizes]
-    for seen in first_time(packets):
-        begin = 0
-        for number, size in enumerate(sizes):
-            if begin <= position and position + seen.payload_bytes <= begin + size:
-                levels[number].add(SETTINGS.dscp.index(seen.dscp))
-            begin += size
-        position += seen.payload_bytes
+    levels = [set() for _ in sizes]
+    for place, seen in first_time(packets):
+        number, position = message_at(place, sizes)
+        if position + seen.payload_bytes <= sizes[number]:
+            levels[number].add(SETTINGS.dscp.index(seen.dscp))
     return levels
 
 
@@ -114,7 +100,7 @@ def test_a_hint_that_was_overrun_counts_no_longer(host, cgroup):
     )
     with captured(host.receiver) as capture, sink(host):
         client(host, cgroup, sys.executable, "-c", lie, str(EXAMPLES), ADDRESSES[4][1], str(PORT))
-    levels = [SETTINGS.dscp.index(seen.dscp) for seen in first_time(capture.packets)]
+    levels = [SETTINGS.dscp.index(seen.dscp) for _, seen in first_time(capture.packets)]
     assert levels == sorted(levels)
     assert levels[-1] == 3
 
@@ -131,7 +117,7 @@ def test_before_the_connection_is_made_a_hint_is_for_its_first_message(host, cgr
     )
     with captured(host.receiver) as capture, sink(host):
         client(host, cgroup, sys.executable, "-c", early, str(EXAMPLES), ADDRESSES[4][1], str(PORT))
-    assert {seen.dscp for seen in first_time(capture.packets)} == {SETTINGS.dscp[3]}
+    assert {seen.dscp for _, seen in first_time(capture.packets)} == {SETTINGS.dscp[3]}
 
 
 def test_hints_of_other_cgroups_do_not_count_and_are_no_error(host, cgroup):
@@ -206,9 +192,9 @@ def test_a_larger_send_buffer_shows_a_message_at_once(host, cgroup):
         run("tc", "qdisc", "add", "dev", "nic0", "root", "tbf", "rate", "100mbit", "burst", "10k", "latency", "200ms")
     with captured(host.receiver) as capture, sink(host):
         example(host, cgroup, 2_500_000)
-    levels = [SETTINGS.dscp.index(seen.dscp) for seen in first_time(capture.packets)]
+    levels = [SETTINGS.dscp.index(seen.dscp) for _, seen in first_time(capture.packets)]
     early = next(number for number, level in enumerate(levels) if level == 3)
-    assert sum(seen.payload_bytes for seen in first_time(capture.packets)[:early]) < 1_000_000  # not 2,000,000
+    assert first_time(capture.packets)[early][0] < 1_000_000  # not 2,000,000
 
 
 def test_unknown_cgroup_is_named(host):

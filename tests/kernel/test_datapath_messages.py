@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datapath_kit import flow_key, in_netns, run
-from datapath_wire import ADDRESSES, PORT, SETTINGS, THRESHOLDS, Host, Seen, captured, transfer
+from datapath_wire import ADDRESSES, PORT, SETTINGS, THRESHOLDS, Host, captured, first_time, message_at, transfer
 
 from fabricpilot.histogram import LogHistogram
 from hostagent.datapath import bpf_syscall as bpf
@@ -62,17 +62,6 @@ def service(host: Host) -> Iterator[Service]:
     service.close()
 
 
-def with_payload(packets: list[Seen]) -> list[Seen]:
-    """Packets with payload, each byte once: retransmissions left out."""
-    kept, highest = [], None
-    for seen in packets:
-        end = seen.sequence + seen.payload_bytes
-        if seen.payload_bytes and (highest is None or ((end - highest) % 2**32 < 2**31 and end != highest)):
-            kept.append(seen)
-            highest = end
-    return kept
-
-
 def only_flow(host: Host) -> np.void:
     table = host.datapath.flows()
     rows = [row for row in range(len(table)) if table.keys["destination_port"][row] == PORT]
@@ -86,13 +75,12 @@ def test_each_message_of_a_persistent_connection_starts_at_the_top(host, service
         for size in SIZES:
             service.request(size)
             time.sleep(0.06)
-    position, message = 0, 0
-    for seen in with_payload(capture.packets):
+    met = set()
+    for place, seen in first_time(capture.packets):
+        message, position = message_at(place, SIZES)
         assert seen.dscp == SETTINGS.dscp[SETTINGS.thresholds.level_of(position)], (message, position)
-        position += seen.payload_bytes
-        if position == SIZES[message]:
-            position, message = 0, message + 1
-    assert message == len(SIZES)
+        met.add(message)
+    assert met == set(range(len(SIZES)))
     flow = only_flow(host)
     if sum(seen.payload_bytes for seen in capture.packets) == sum(SIZES):  # else something was sent twice, and counted
         assert (flow["attained_bytes"], flow["last_message_bytes"]) == (SIZES[-1], SIZES[-2])
@@ -138,7 +126,7 @@ def test_a_connection_seen_in_mid_life_is_on_the_last_level_until_its_next_messa
         service.request(5000)  # like an SSH session after half an hour: nothing was in flight, so its start is seen
     flow = only_flow(host)
     assert flow["flags"] & (FLAG_SAW_START | FLAG_SAW_MESSAGE) == FLAG_SAW_MESSAGE
-    assert {seen.dscp for seen in with_payload(capture.packets)} == {SETTINGS.dscp[0]}
+    assert {seen.dscp for _, seen in first_time(capture.packets)} == {SETTINGS.dscp[0]}
     assert host.datapath.counters()["flows_midlife"] >= 1
 
 
@@ -152,7 +140,7 @@ def test_a_transfer_forgotten_on_its_way_is_of_unknown_size(host):
     host.datapath.apply(BY_BACKLOG)
     with captured(host.receiver) as capture:
         transfer(host, 4, 5_000_000, forget)
-    assert with_payload(capture.packets)[-1].dscp == SETTINGS.dscp[-1]
+    assert first_time(capture.packets)[-1][1].dscp == SETTINGS.dscp[-1]
     assert not only_flow(host)["flags"] & FLAG_SAW_MESSAGE
 
 
@@ -164,8 +152,7 @@ def test_what_is_written_in_one_go_travels_on_the_level_of_its_size(host, servic
         run("tc", "qdisc", "add", "dev", "nic0", "root", "tbf", "rate", "50mbit", "burst", "5k", "latency", "400ms")
     with captured(host.receiver) as capture:
         service.request(size_bytes)
-    sent = with_payload(capture.packets)
-    levels = [SETTINGS.dscp.index(seen.dscp) for seen in sent]
+    levels = [SETTINGS.dscp.index(seen.dscp) for _, seen in first_time(capture.packets)]
     assert levels == sorted(levels), "a flow never rises within a message"
     assert levels[-1] == SETTINGS.thresholds.level_of(size_bytes - 1)
     assert host.datapath.sees_backlog()
@@ -194,10 +181,9 @@ def test_backlog_is_not_looked_at_where_it_is_not_wanted(host, service):
     host.datapath.apply(SETTINGS)
     with captured(host.receiver) as capture:
         service.request(450_000)
-    position = 0
-    for seen in with_payload(capture.packets):
-        assert seen.dscp == SETTINGS.dscp[SETTINGS.thresholds.level_of(position)]
-        position += seen.payload_bytes
+    sent = first_time(capture.packets)
+    assert all(seen.dscp == SETTINGS.dscp[SETTINGS.thresholds.level_of(place)] for place, seen in sent)
+    assert {seen.dscp for _, seen in sent} == set(SETTINGS.dscp[:2])
 
 
 def test_bins_in_the_kernel_are_those_of_the_histogram(kernel_sender):

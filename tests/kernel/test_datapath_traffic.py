@@ -6,7 +6,7 @@ import struct
 
 import pytest
 from datapath_kit import build_frame, flow_key, in_netns, run, start_agent
-from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured, transfer
+from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, Seen, captured, first_time, transfer
 
 from hostagent.datapath.base import FLAG_ENDED, FLAG_SAW_MESSAGE, FLAG_SAW_START, FLAG_TOLD, FLAG_UNSENT
 from hostagent.datapath.ebpf import EbpfDatapath
@@ -16,17 +16,9 @@ SIZE_BYTES = 5_000_000
 
 def check_marks(packets: list[Seen]) -> dict[int, int]:
     """Every packet carries the mark that the bytes sent before it demand; returns packets per level."""
-    start = next(seen.sequence for seen in packets if seen.flags & 2) + 1
+    assert {seen.dscp for seen in packets if not seen.payload_bytes} == {SETTINGS.dscp[0]}
     counts = dict.fromkeys(range(4), 0)
-    highest = 0
-    for seen in packets:
-        if not seen.payload_bytes:
-            assert seen.dscp == SETTINGS.dscp[0]
-            continue
-        attained = (seen.sequence - start) % 2**32
-        if attained < highest:
-            continue  # a retransmission travels on the level that the flow has by then
-        highest = attained + seen.payload_bytes
+    for attained, seen in first_time(packets):  # a retransmission travels on the level that the flow has by then
         level = SETTINGS.thresholds.level_of(attained)
         assert seen.dscp == SETTINGS.dscp[level], f"at {attained} bytes"
         counts[level] += 1
