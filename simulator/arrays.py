@@ -16,6 +16,7 @@ Paths = npt.NDArray[np.int32]
 
 HOP_BITS = 2
 HOPS = 1 << HOP_BITS  # most links on a path
+ONE_LINK: Paths = np.array([0] + [-1] * (HOPS - 1), np.int32)  # the path of all flows where there is one bottleneck
 
 # What a kernel's `advance` returns: all done, or what the engine has to do before it calls again.
 DONE, OUTPUT_FULL, NO_SLOT = range(3)
@@ -100,7 +101,7 @@ def all_free(slots: int) -> Ints:
     return np.arange(slots - 1, -1, -1, dtype=np.int64)
 
 
-def doubled(state: Any, per_slot: Iterable[str], empty: Mapping[str, int] | None = None) -> Any:
+def doubled(state: Any, per_slot: Iterable[str], empty: Mapping[str, float] | None = None) -> Any:
     """The same state with room for twice as many flows.
 
     The arrays `per_slot` are continued with zeros or what `empty` says. Where the state has a stack `free`, the new

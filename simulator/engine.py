@@ -21,7 +21,7 @@ import numpy as np
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator import kernels
-from simulator.arrays import ACTIVE, HOPS, NEXT, Arrivals, Finished, Ints, Rule
+from simulator.arrays import ACTIVE, HOPS, NEXT, ONE_LINK, Arrivals, Finished, Ints, Rule
 from simulator.kernels import FabricKernel, Kernel, StarKernel
 from simulator.physics import Physics, completion_s, ideal_s
 from simulator.results import ActiveFlows, FlowResults
@@ -124,7 +124,7 @@ class Simulation:
         else:
             if (trace.destination != self._receiver).any():
                 raise UsageError(f"a flow does not go to host {self._receiver}, the only receiver of this run")
-            path = np.zeros((n, HOPS), np.int32)
+            path = np.tile(ONE_LINK, (n, 1))
         done = kernels.consumed(self._kernel)
         old = self._arrivals
         self._arrivals = Arrivals(
@@ -177,24 +177,42 @@ class Simulation:
 
         self._decide(decision)
 
-    def set_verdict(self, flow: int, level: int | None = None, route: int | None = None) -> None:
-        """Fix the level and/or the route of one flow for the rest of its life; nothing happens if it has ended by then.
+    def set_verdict(
+        self, flow: int, level: int | None = None, route: int | None = None, rate_bps: float | None = None
+    ) -> None:
+        """Fix level, route and/or highest rate of one flow for the rest of its life; None: as it is.
+
+        Nothing happens if the flow has ended by then. From the first rate on, one bottleneck is simulated flow by flow.
+
+        Args:
+            flow: its number.
+            level: 0 is served first.
+            route: a spine.
+            rate_bps: bit/s on the wire, as links' rates are given; infinite: no cap.
 
         Raises:
-            UsageError: no such level or route, or a route where all flows share one link.
+            UsageError: no such level or route, a route where all flows share one link, a rate that is not above 0, or
+                one under a scheme that serves one flow at a time.
         """
         if level is not None and not 0 <= level < self.scheme.levels:
             raise UsageError(f"level {level} for flow {flow}; the scheme has levels 0 to {self.scheme.levels - 1}")
         if route is not None and (self._receiver is not None or not 0 <= route < self.topology.routes):
             raise UsageError(f"route {route} for flow {flow}; the fabric has {self.topology.routes} routes from 0")
+        if rate_bps is not None and not rate_bps > 0:
+            raise UsageError(f"rate {rate_bps:g} bit/s for flow {flow}; it must be above 0")
+        if rate_bps is not None and (self.scheme.order != SHARED or self.scheme.levels > MAX_FABRIC_LEVELS):
+            raise UsageError(f"a rate for flow {flow}: {self.scheme.name} does not share a link among flows; mlfq does")
 
         def decision() -> None:
             slots = self._kernel.active_slots()
-            slots = slots[self._kernel.state.flow[slots] == flow]
-            if len(slots) == 0:
+            if flow not in self._kernel.state.flow[slots]:
                 return
-            slot, state, path = int(slots[0]), self._kernel.state, None
             self._kernel.settle()
+            if rate_bps is not None:
+                self._kernel = kernel = self._kernel.by_flow()
+                slots = kernel.active_slots()
+                kernel.sharing.cap[slots[kernel.state.flow[slots] == flow]] = self.physics.goodput(rate_bps)
+            slot, state, path = int(slots[self._kernel.state.flow[slots] == flow][0]), self._kernel.state, None
             if level is not None:
                 state.fixed[slot] = level
             if route is not None:

@@ -268,6 +268,7 @@ def advance(f: Fabric, x: Sharing, rule: Rule, arrivals: Arrivals, until: float,
             f.flow[slot] = arrivals.first_flow + i
             f.host[slot], f.destination[slot] = arrivals.host[i], arrivals.destination[i]
             f.fixed[slot], f.peers[slot], f.queued[slot] = -1, 0, 0.0
+            x.cap[slot] = np.inf
             for hop in range(HOPS):
                 x.path[slot, hop] = arrivals.path[i, hop]
             _enter_level(f, x, rule, slot, _place(f, rule, slot))
@@ -294,8 +295,16 @@ def rank_all(f: Fabric, x: Sharing, rule: Rule) -> None:
 
 
 @compiled
+def enter_all(f: Fabric, x: Sharing, rule: Rule) -> None:
+    """Put flows that another kernel had on their links, whose paths are set; before that there were none."""
+    for slot in range(f.counters[USED]):
+        _enter_level(f, x, rule, slot, _place(f, rule, slot))
+    _apply_rates(f, x)
+
+
+@compiled
 def move(f: Fabric, x: Sharing, rule: Rule, slot: int, path: Paths) -> None:
-    """Give a flow another path, and the level that its verdict `fixed` says; call `settle` first."""
+    """Give a flow another path, and the level and cap that its verdict says; call `settle` first."""
     _unschedule(f, slot)
     leave(x, slot)
     for hop in range(HOPS):

@@ -8,12 +8,16 @@ import numpy.typing as npt
 from simulator import fabric, star
 from simulator.arrays import (
     ACTIVE,
+    DUE,
     EVENTS,
+    FREE,
     NEXT,
     NO_SLOT,
+    ONE_LINK,
     OUT,
     OUTPUT_FULL,
     PEAK,
+    USED,
     Arrivals,
     Finished,
     Ints,
@@ -59,6 +63,9 @@ class Kernel(Protocol):
     def move(self, slot: int, path: Paths | None) -> None:
         """Put a flow on another path (None: it keeps its own) and where its verdict says (after `settle`)."""
 
+    def by_flow(self) -> "FabricKernel":
+        """A kernel with the same flows, in which each has a rate of its own, so that it can be capped."""
+
 
 class StarKernel:
     """One bottleneck of `goodput` payload bytes per second."""
@@ -103,14 +110,29 @@ class StarKernel:
         """Put a flow where its verdict says (after `settle`)."""
         star.rank_all(self.state, self.rule)
 
+    def by_flow(self) -> "FabricKernel":
+        """The link as a fabric of one (after `settle`); here all flows of a level share a clock, none can be slower."""
+        old, slots = self.state, self.active_slots()
+        new = FabricKernel(self.rule, len(old.clock), np.array([self._goodput]), max(len(old.size), _SLOTS))
+        state, n = new.state, len(slots)
+        for name in ("size", "remaining", "start", "fixed", "host", "destination", "flow"):
+            getattr(state, name)[:n] = getattr(old, name)[slots]
+        state.synced[:n] = state.now[0] = old.now[0]
+        state.counters[:] = old.counters
+        state.counters[FREE], state.counters[DUE], state.counters[USED] = len(state.size) - n, 0, n
+        new.sharing.path[:n] = ONE_LINK
+        fabric.enter_all(state, new.sharing, self.rule)
+        state.peers[:n], state.queued[:n] = old.peers[slots], old.queued[slots]  # nobody has met anybody by this
+        return new
+
 
 class FabricKernel:
     """Links of given capacities in payload bytes per second."""
 
-    def __init__(self, rule: Rule, levels: int, capacity: npt.NDArray[np.float64]) -> None:
+    def __init__(self, rule: Rule, levels: int, capacity: npt.NDArray[np.float64], slots: int = _SLOTS) -> None:
         self.rule = rule
-        self.state = fabric.Fabric.idle(_SLOTS)
-        self.sharing = Sharing.idle(capacity, levels, _SLOTS)
+        self.state = fabric.Fabric.idle(slots)
+        self.sharing = Sharing.idle(capacity, levels, slots)
 
     @property
     def state_bytes(self) -> int:
@@ -147,6 +169,10 @@ class FabricKernel:
         """Put a flow on another path (None: it keeps its own) and where its verdict says (after `settle`)."""
         taken = self.sharing.path[slot].copy() if path is None else path
         fabric.move(self.state, self.sharing, self.rule, slot, taken)
+
+    def by_flow(self) -> "FabricKernel":
+        """This one."""
+        return self
 
 
 def events(kernel: Kernel) -> int:

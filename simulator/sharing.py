@@ -3,7 +3,8 @@
 Each link has, per level, a fair share: no flow of that level gets more from this link. A flow's rate is the smallest
 share on its path. A link's share is its water level: what levels above left over, divided so that flows that other
 links hold lower keep their rate and the rest gets the same. If all links are in this state, every flow has a link that
-is full and where nobody of its level gets more: max-min fairness (Bertsekas and Gallager, Data Networks, 6.5.2).
+is full and where nobody of its level gets more: max-min fairness (Bertsekas and Gallager, Data Networks, 6.5.2). A
+flow's own cap holds it like one more link that no other flow uses.
 
 After a flow came, left or moved, only its links are looked at anew; where a share changes, the links of the flows that
 feel it follow, in order of asking, until nothing changes. It ends, because the smallest share of a level settles first,
@@ -34,6 +35,7 @@ class Sharing(NamedTuple):
     capacity: Floats  # (links,) payload bytes per second
     path: Paths  # (slots, HOPS)
     rate: Floats  # (slots,)
+    cap: Floats  # (slots,) no flow sends faster; infinite without one
     level: Ints  # (slots,)
     previous: Ints  # (slots * HOPS,)
     next: Ints  # (slots * HOPS,)
@@ -60,6 +62,7 @@ class Sharing(NamedTuple):
             capacity=capacity,
             path=np.full((slots, HOPS), -1, np.int32),
             rate=np.zeros(slots),
+            cap=np.full(slots, np.inf),
             level=np.zeros(slots, np.int64),
             previous=np.full(slots * HOPS, -1, np.int64),
             next=np.full(slots * HOPS, -1, np.int64),
@@ -81,8 +84,8 @@ class Sharing(NamedTuple):
 
     def grown(self) -> "Sharing":
         """The same with room for twice as many flows."""
-        per_slot = ("path", "rate", "level", "previous", "next", "is_touched", "touched", "limit")
-        larger: Sharing = doubled(self, per_slot)
+        per_slot = ("path", "rate", "cap", "level", "previous", "next", "is_touched", "touched", "limit")
+        larger: Sharing = doubled(self, per_slot, {"cap": np.inf})
         return larger
 
 
@@ -182,9 +185,9 @@ def slide(x: Sharing, slot: int, level: int) -> bool:
 
 
 @inner
-def _held_to(path: Paths, share: Floats, slot: int, level: int, but: int, nor: int) -> float:
-    """The smallest share on a flow's path, two links left out."""
-    smallest = np.inf
+def _held_to(path: Paths, share: Floats, cap: Floats, slot: int, level: int, but: int, nor: int) -> float:
+    """The smallest of a flow's cap and the shares on its path, two links left out."""
+    smallest: float = cap[slot]
     for hop in range(HOPS):
         link = path[slot, hop]
         if link < 0:
@@ -219,7 +222,7 @@ def _water_level(limit: Floats, n: int, given: float) -> tuple[float, float]:
 @inner
 def _settle_level(x: Sharing, level: int) -> None:
     """Recompute shares of the pending links of one level, and of those that feel it, until none changes."""
-    path, share, limit, used, given = x.path, x.share, x.limit, x.used, x.given
+    path, share, cap, limit, used, given = x.path, x.share, x.cap, x.limit, x.used, x.given
     head, following, queue, queued, pending = x.head, x.next, x.queue, x.queued, x.pending
     pending_links, is_touched, touched, urgency = x.pending_links, x.is_touched, x.touched, x.urgency
     pending_n, touched_n = x.counts[PENDING], x.counts[TOUCHED]
@@ -248,7 +251,7 @@ def _settle_level(x: Sharing, level: int) -> None:
             n = 0
             entry = head[link, level]
             while entry >= 0:
-                limit[n] = _held_to(path, share, entry >> HOP_BITS, level, link, -1)
+                limit[n] = _held_to(path, share, cap, entry >> HOP_BITS, level, link, -1)
                 n += 1
                 entry = following[entry]
             new, left = _water_level(limit, n, there)
@@ -261,7 +264,7 @@ def _settle_level(x: Sharing, level: int) -> None:
         while entry >= 0:
             slot = entry >> HOP_BITS
             entry = following[entry]
-            elsewhere = _held_to(path, share, slot, level, link, -1)
+            elsewhere = _held_to(path, share, cap, slot, level, link, -1)
             if min(elsewhere, old) == min(elsewhere, new):
                 continue  # held lower elsewhere before and after: nobody feels it
             if is_touched[slot] == 0:
@@ -274,7 +277,7 @@ def _settle_level(x: Sharing, level: int) -> None:
                     break
                 if other == link:
                     continue
-                rest = _held_to(path, share, slot, level, link, other)
+                rest = _held_to(path, share, cap, slot, level, link, other)
                 before, after = min(rest, old), min(rest, new)
                 if before == after:
                     continue
@@ -308,7 +311,8 @@ def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
     Writes the flows whose rate changed to `changed` and what it is now to `new_rate` (both shape (slots,)); returns how
     many. `rate` itself still holds the old values, so that the caller can account for the time before.
     """
-    capacity, path, share, pending, pending_links = x.capacity, x.path, x.share, x.pending, x.pending_links
+    capacity, path, share, cap = x.capacity, x.path, x.share, x.cap
+    pending, pending_links = x.pending, x.pending_links
     flows, given, used = x.flows, x.given, x.used
     levels = flows.shape[1]
     while x.counts[PENDING] > 0:
@@ -350,7 +354,7 @@ def update(x: Sharing, changed: Ints, new_rate: Floats) -> int:
         x.is_touched[slot] = 0
         if x.level[slot] < 0:
             continue  # it has left for good
-        rate = _held_to(path, share, slot, x.level[slot], -1, -1)
+        rate = _held_to(path, share, cap, slot, x.level[slot], -1, -1)
         if rate != x.rate[slot]:
             changed[changes] = slot
             new_rate[changes] = rate

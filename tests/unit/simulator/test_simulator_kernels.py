@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fabricpilot.errors import UsageError
 from simulator.engine import Simulation, simulate
 from simulator.physics import IDEAL
 from simulator.results import FlowResults
-from simulator.schemes import BACKLOG, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme, fine_thresholds, scheme
+from simulator.schemes import BACKLOG, FIRST_COME, REMAINING, SHORTEST, SIZE, WRITTEN, Scheme, fine_thresholds, scheme
 from simulator.topology import Topology, leaf_spine, star
 from simulator.workloads.arrivals import poisson
 from simulator.workloads.distribution import SizeDistribution
@@ -190,6 +191,75 @@ def test_verdicts_fix_level_and_route() -> None:
     simulation.set_verdict(0, level=3)
     simulation.set_verdict(1, level=0)
     np.testing.assert_allclose(simulation.run().in_order_of_start().fct_s, [2 * alone_s, alone_s], rtol=1e-3)
+
+
+def in_steps(trace: Trace, simulation: Simulation, rates_bps: dict[int, float]) -> np.ndarray:
+    """Completion times when the flows in `rates_bps` are capped as soon as they have started."""
+    simulation.add(trace)
+    parts = []
+    for flow, rate_bps in rates_bps.items():
+        parts.append(simulation.run_until(float(trace.start_s[flow])))
+        simulation.set_verdict(flow, rate_bps=rate_bps)
+    return FlowResults.joined([*parts, simulation.run()]).in_order_of_start().fct_s
+
+
+@pytest.mark.parametrize("name", ["fair", "mlfq", "backlog"])
+@pytest.mark.parametrize("kind", ["one bottleneck", "star", "leaf-spine"])
+def test_a_cap_is_a_link_of_the_flow_alone(kind: str, name: str) -> None:
+    one = kind == "one bottleneck"
+    topology = leaf_spine(3, 2, 2, 1e9, 2.0) if kind == "leaf-spine" else star(5, 1e9)
+    trace = traffic(topology.hosts, 200, one=one, load=0.5, seed=3)
+    rates_bps = {flow: 1e9 / (2 + flow % 5) for flow in range(20, 200, 3)}  # before the first, the star's own kernel
+    found = in_steps(trace, Simulation(SCHEMES[name], topology, IDEAL, receiver=0 if one else None), rates_bps)
+    paths = topology.paths(trace.source, trace.destination, topology.hashed_route(np.arange(len(trace))))
+    links = [[int(link) for link in path if link >= 0] for path in paths]
+    for number, flow in enumerate(rates_bps):
+        links[flow].append(topology.links + number)
+    capacity = np.concatenate([topology.link_bps, list(rates_bps.values())]) / 8
+    wanted = replay(
+        trace.start_s,
+        trace.size_bytes,
+        links,
+        capacity,
+        lambda attained, remaining: level_of(SCHEMES[name], attained, remaining),
+        SCHEMES[name].thresholds,
+        SCHEMES[name].send_buffer_bytes or float("inf"),
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_what_a_cap_leaves_goes_to_the_levels_below() -> None:
+    trace = Trace.of([0.0, 0.0], [10_000_000, 10_000_000], [1, 2], [0, 0])
+    for receiver in (0, None):
+        simulation = Simulation(SCHEMES["mlfq"], star(3, 1e9), IDEAL, receiver=receiver)
+        simulation.add(trace)
+        simulation.run_until(0.0)
+        simulation.set_verdict(0, level=0, rate_bps=2.5e8)
+        simulation.set_verdict(1, level=3)
+        simulation.run_until(0.08)  # 80 Mbit at 750 Mbit/s: not done before 0.1067 s
+        simulation.set_verdict(0, rate_bps=np.inf)
+        ended = simulation.run().in_order_of_start().fct_s
+        # 20 Mbit of the first are sent; then it has the whole link for 60 Mbit, and the other its last 20 behind it.
+        np.testing.assert_allclose(ended, [0.14, 0.16], rtol=1e-9)
+
+
+@pytest.mark.parametrize("receiver", [0, None])
+def test_caps_that_never_bind_change_nothing(receiver: int | None) -> None:
+    trace = traffic(6, 2000, one=True)
+    plain = Simulation(SCHEMES["mlfq"], star(6, 1e9), receiver=receiver)
+    capped = Simulation(SCHEMES["mlfq"], star(6, 1e9), receiver=receiver)
+    plain.add(trace)
+    found = in_steps(trace, capped, dict.fromkeys(range(0, 2000, 100), 2e9))
+    np.testing.assert_allclose(found, plain.run().in_order_of_start().fct_s, rtol=2e-2)
+    assert capped.events == pytest.approx(plain.events, abs=5)
+    assert capped.peak_flows == plain.peak_flows
+
+
+def test_caps_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="above 0"):
+        Simulation(SCHEMES["mlfq"], star(3, 1e9)).set_verdict(0, rate_bps=0.0)
+    with pytest.raises(UsageError, match="does not share"):
+        Simulation(Scheme("fcfs", order=FIRST_COME), star(3, 1e9), receiver=0).set_verdict(0, rate_bps=1e8)
 
 
 def test_decisions_take_effect_late() -> None:
