@@ -12,24 +12,29 @@
  */
 #pragma once
 
-/* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent; no packet
- * has carried the byte `next_sequence` yet, nor those behind it. */
+/* Bytes that are known to wait: this packet's payload, and what is written and not sent yet. `next_sequence` is where the
+ * unsent begins; behind a packet that is sent again also lies what is in flight, and was counted when it was sent.
+ * At most 0: not known. */
+static __always_inline __s32 waiting_bytes(__u32 next_sequence, const struct packet *packet, const struct sender *sender)
+{
+#if SEES_BACKLOG
+	if (sender->known)
+		return packet->payload_bytes + (sender->written - next_sequence);
+#endif
+	return 0;
+}
+
+/* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent. */
 static __always_inline __u64 rank_of(__u64 attained_bytes, __u32 next_sequence, const struct packet *packet,
 				     const struct sender *sender, const struct hint *hint,
 				     const struct settings *settings)
 {
 	__u64 known_bytes = attained_bytes;
+	__s32 waiting = settings->use_backlog ? waiting_bytes(next_sequence, packet, sender) : 0;
 
-#if SEES_BACKLOG
-	if (sender->known && settings->use_backlog) {
-		/* This packet's payload, and what is unsent: not all behind a packet that is sent again, which was counted. */
-		__u32 ahead = packet->payload_bytes + (sender->written - next_sequence);
-
-		/* A message's last byte decides, as it does when all of it was sent. */
-		if ((__s32)ahead > 0)
-			known_bytes += ahead - 1;
-	}
-#endif
+	/* A message's last byte decides, as it does when all of it was sent. */
+	if (waiting > 0)
+		known_bytes += waiting - 1;
 	if (hint && hint_position(hint, packet) < hint->bytes && known_bytes < hint->bytes)
 		known_bytes = hint->bytes - 1;
 	return known_bytes;

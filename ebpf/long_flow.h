@@ -16,7 +16,7 @@ struct long_flow {
 	__u64 at_ns; /* CLOCK_MONOTONIC */
 	__u64 message_began_ns;
 	__u64 attained_bytes; /* of the current message, before this packet */
-	__u64 backlog_bytes;  /* written by the application and not sent before this packet; 0: not known */
+	__u64 backlog_bytes;  /* waiting: this packet's payload and what is written and not sent yet; 0: not known */
 	__u64 ended;          /* 0: it has become long; 1: it was, and has ended */
 };
 
@@ -46,16 +46,11 @@ static __always_inline void tell_if_long(struct flow_state *flow, const struct w
 					 const struct settings *settings, struct counters *counters)
 {
 	const struct packet *packet = &work->packet;
-	const struct sender *sender = &work->sender;
-	__u64 backlog_bytes = 0;
+	__s32 waiting = waiting_bytes(flow->next_sequence, packet, &work->sender);
 
 	if (work->level != last_level(settings) || (flow->flags & (FLOW_SAW_MESSAGE | FLOW_TOLD)) != FLOW_SAW_MESSAGE ||
 	    is_excluded(flow))
 		return;
 	flow->flags |= FLOW_TOLD;
-#if SEES_BACKLOG
-	if (sender->known && (__s32)(sender->written - packet->sequence) > 0)
-		backlog_bytes = sender->written - packet->sequence;
-#endif
-	tell_of(flow, packet, attained_bytes, backlog_bytes, 0, counters);
+	tell_of(flow, packet, attained_bytes, waiting > 0 ? waiting : 0, 0, counters);
 }

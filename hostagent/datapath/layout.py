@@ -42,7 +42,7 @@ LONG_FLOW_DTYPE = np.dtype(
         ("at_ns", "<u8"),  # CLOCK_MONOTONIC
         ("message_began_ns", "<u8"),
         ("attained_bytes", "<u8"),  # of the current message
-        ("backlog_bytes", "<u8"),  # written and not yet sent then; 0: not known
+        ("backlog_bytes", "<u8"),  # of its packet and unsent then; 0: not known
         ("ended", "<u8"),  # 0: it has become long; 1: it was, and has ended
     ]
 )

@@ -13,8 +13,12 @@ from datapath_kit import flow_key, in_netns, run
 from datapath_wire import ADDRESSES, PORT, SETTINGS, THRESHOLDS, Host, captured, first_time, message_at, transfer
 
 from fabricpilot.histogram import LogHistogram
+from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLAG_SAW_MESSAGE, FLAG_SAW_START, FLOW_STATE_DTYPE, MessageRule
+from hostagent.datapath.layout import LONG_FLOW_DTYPE
+from hostagent.datapath.pinned_names import LONG_FLOW_RING
+from hostagent.datapath.ring import Ring
 
 RULE = MessageRule(gap_ns=20_000_000, starved_ns=0)  # beyond what a busy machine makes of a pause within a message
 BY_MESSAGE = replace(SETTINGS, messages=RULE)
@@ -159,9 +163,8 @@ def test_what_is_written_in_one_go_travels_on_the_level_of_its_size(host, servic
     assert levels[len(levels) // 4] == levels[-1], "placed by what was written, not by what was sent"
 
 
-def test_what_is_sent_again_is_not_counted_as_waiting(host, service):
-    """What is in flight behind a lost packet was counted when it was sent: it does not wait once more."""
-    host.datapath.apply(BY_BACKLOG)
+def lose_some(host: Host) -> None:
+    """Segments one by one over 50 Mbit/s; the receiver loses every hundredth full one, the 61st first."""
     with in_netns(host.sender):
         run("ip", "link", "set", "nic0", "gso_max_segs", "1")
         run("tc", "qdisc", "add", "dev", "nic0", "root", "tbf", "rate", "50mbit", "burst", "5k", "limit", "2m")
@@ -169,12 +172,34 @@ def test_what_is_sent_again_is_not_counted_as_waiting(host, service):
     with in_netns(host.receiver):
         run("nft", "add table ip lossy; add chain ip lossy in { type filter hook prerouting priority 0 ; }")
         run("nft", f"add rule ip lossy in {lose}")
+
+
+def test_what_is_sent_again_is_not_counted_as_waiting(host, service):
+    """What is in flight behind a lost packet was counted when it was sent: it does not wait once more."""
+    host.datapath.apply(BY_BACKLOG)
+    lose_some(host)
     with captured(host.receiver) as capture:  # in front of what loses
         service.request(440_000)
     sent = [seen for seen in capture.packets if seen.payload_bytes]
     assert 440_000 < sum(seen.payload_bytes for seen in sent) < THRESHOLDS[1]
     assert {seen.dscp for seen in sent[len(sent) // 2 :]} == {SETTINGS.dscp[1]}
     assert {seen.dscp for seen in sent} <= set(SETTINGS.dscp[:2])
+
+
+def test_central_is_told_what_waits_when_a_segment_sent_again_makes_a_flow_long(host, service):
+    """All of a message is in the send buffer, 500 bytes short of long: the first one sent again crosses the line."""
+    line_bytes, segment_bytes = 440_500, 1448
+    host.datapath.apply(replace(BY_BACKLOG, thresholds=Thresholds((10_000, 100_000, line_bytes))))
+    lose_some(host)
+    service.connection.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)  # SO_SNDBUFFORCE
+    ring = Ring(host.datapath.map_fd(LONG_FLOW_RING), LONG_FLOW_DTYPE)
+    try:
+        service.request(line_bytes - 500)
+        (event,) = ring.read(10)
+    finally:
+        ring.close()
+    assert event["backlog_bytes"] >= segment_bytes
+    assert line_bytes < event["attained_bytes"] + event["backlog_bytes"] <= line_bytes + segment_bytes
 
 
 def test_backlog_is_not_looked_at_where_it_is_not_wanted(host, service):
