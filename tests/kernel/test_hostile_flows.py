@@ -28,7 +28,7 @@ from hostagent.lifecycle import Scheduled, bring_up, take_down
 
 SETTINGS = Settings(Thresholds((1000, 10_000, 100_000)), (32, 24, 16, 8), (1, 2, 3, 4))
 TOP, LAST = 32, 8  # DSCP
-LRU_BATCH = 128  # entries that the kernel's LRU moves at a time, and may misjudge while its lists are short
+LRU_BATCH = 128  # entries that the kernel's LRU looks at in one go, and may misjudge while its lists are short
 SOURCE_ADDRESS, SOURCE_PORT = slice(26, 30), slice(34, 36)  # in an Ethernet frame over IPv4
 
 
@@ -264,7 +264,7 @@ def test_a_million_spoofed_syns(tmp_path, rate):
         f"share {rate}: a million in {took_s:.0f} s, {len(kept)} of 2,000 kept, "
         f"{counters['flows_inserted']} inserted, {counters['over_share']} beyond the share"
     )
-    assert going <= kept
+    assert len(going - kept) <= len(before) / LRU_BATCH + 1  # one of a batch that was used throughout has to go
     assert len(kept) >= 2000 - LRU_BATCH
     assert counters["insert_failed"] == 0
     assert counters["flows_inserted"] + counters["over_share"] == 1_000_001 + 2000
