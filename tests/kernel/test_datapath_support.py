@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from datapath_kit import bpf_file_system, run, start_agent
+from datapath_kit import bpf_file_system, in_netns, run, start_agent
 from nft_kit import REFUSE_BPF
 
 from fabricpilot.config import DatapathSection
@@ -21,18 +22,26 @@ print(json.dumps({f.id: [f.ok, f.required, f.why] for f in probe(section)}), flu
 """
 
 
-def links_and_namespaces() -> str:
-    return run("ip", "-br", "link") + run("ip", "netns", "list") + run("tc", "qdisc", "show")
+def present(netns: str) -> Counter[str]:
+    """What a probe in that namespace could leave, there and in this process; what others do elsewhere is not seen."""
+    lines = run("ip", "-br", "link", netns=netns) + run("tc", "qdisc", "show", netns=netns)
+    children = [
+        child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    handles = [str(handle.readlink()) for handle in Path("/proc/self/fd").iterdir() if handle.is_symlink()]
+    return Counter([*lines.splitlines(), *children, *handles])
 
 
-def test_finds_what_this_kernel_has_and_leaves_nothing(tmp_path):
-    before = links_and_namespaces()
-    with bpf_file_system(tmp_path / "bpf") as root:
+def test_finds_what_this_kernel_has_and_leaves_nothing(tmp_path, make_netns):
+    name = make_netns("probe")
+    with bpf_file_system(tmp_path / "bpf") as root, in_netns(name):
+        before = present(name)
         found = {finding.id: finding for finding in probe(DatapathSection(pin_dir=str(root / "fabricpilot")))}
+        left = present(name) - before
     assert [f.id for f in found.values() if f.required and not f.ok] == []
     assert {"privileges", "headers", "bcc", "bpf", "map_batches", "program", "bpffs", "clsact"} <= set(found)
     assert found["queues_htb"].ok != bool(found["queues_htb"].why)
-    assert links_and_namespaces() == before
+    assert not left
 
 
 def test_pin_dir_elsewhere_says_what_to_do(tmp_path):
