@@ -1,14 +1,17 @@
 """`fabricpilot bench srla`: learned thresholds beside the exact optimiser's and the best the simulator can find.
 
     unseen   workloads that nobody trained on: first use, and the thresholds in force during the first ten reports
-    scratch  training from an equal split on one workload, in wall time
+    scratch  training from an equal split on one workload, in wall and CPU time
 
 Every value is a mean completion time over the optimum's on the same flows, none of which the search or the learner has
 seen. The optimum is the better of the exact optimiser's thresholds and CMA-ES in the simulator started from them.
 """
 
+import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +25,24 @@ if TYPE_CHECKING:
 
 _LOADS, _LEVELS, _RATE_GBPS = (0.5, 0.8), (4, 8), 10.0
 _REPORTS = 10
-_QUICK = ("websearch_dctcp_bytes_trafficgenerator", "facebook_hadoop_bytes_hpcc", "homa_w3_bytes_cdf")
+_WEB_SEARCH = "websearch_dctcp_bytes_trafficgenerator"
+_QUICK = (_WEB_SEARCH, "facebook_hadoop_bytes_hpcc", "homa_w3_bytes_cdf")
 _FULL_LOADS, _FULL_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9), (2, 4, 6, 8)
+_SCRATCH = ((_WEB_SEARCH,), (0.8,), (4,))  # workloads, loads, K
+_FULL_SCRATCH = (
+    (
+        _WEB_SEARCH,
+        "datamining_vl2_bytes_trafficgenerator",
+        "facebook_hadoop_bytes_hpcc",
+        "facebook_cache_raw_trafficgenerator",
+    ),
+    (0.6, 0.8),
+    (4, 8),
+)
 
 
 @click.command()
-@click.option("--full", is_flag=True, help="Every bundled distribution, loads 0.5 to 0.9, K 2 to 8. Long.")
+@click.option("--full", is_flag=True, help="Many workloads, loads and K. Long.")
 @click.option("--seeds", default=1, show_default=True, help="Traffic, and training from scratch, so many times.")
 @click.option("--flows", default=50_000, show_default=True, help="Flows that thresholds are judged by.")
 @click.option("--evaluations", default=120, show_default=True, help="Simulations the search may use.")
@@ -53,15 +68,18 @@ def srla(full: bool, seeds: int, flows: int, evaluations: int, workers: int, onl
         unseen = [row for row in rows if row["unseen"]]
         result = {"above_optimum": _means(unseen), "worst_above_optimum": _means(unseen, max), "rows": rows}
     if only != "unseen":
-        result["scratch"] = [_scratch(seed, workers, flows, evaluations) for seed in range(1, seeds + 1)]
+        result["scratch"] = []
+        for name, load, levels in product(*(_FULL_SCRATCH if full else _SCRATCH)):
+            for seed in range(1, seeds + 1):
+                result["scratch"].append(_scratch(name, load, levels, flows, evaluations, seed, workers))
+                if not as_json:
+                    click.echo(_scratch_line(result["scratch"][-1]))
     if as_json:
         print_json(result)
         return
     for what in ("above_optimum", "worst_above_optimum") if rows else ():
         shares = ", ".join(f"{method} {share:+.2%}" for method, share in result[what].items())
         click.echo(f"{what.replace('_', ' ')}, workloads not trained on: {shares}")
-    for one in result.get("scratch", ()):
-        click.echo(f"from scratch, seed {one['seed']}: {one['above_optimum']:+.2%} after {one['seconds']:.0f} s")
 
 
 def _unseen(name: str, load: float, levels: int, flows: int, evaluations: int, seed: int) -> dict[str, Any]:
@@ -134,36 +152,59 @@ def _reporting(case: "Case") -> dict[str, float]:
     return {"srla-reporting": float(np.mean(values)), "srla-reporting-worst": max(values)}
 
 
-def _scratch(seed: int, workers: int, flows: int, evaluations: int) -> dict[str, Any]:
+def _scratch(
+    name: str, load: float, levels: int, flows: int, evaluations: int, seed: int, workers: int
+) -> dict[str, Any]:
     """Train from scratch and judge the weights that did best in its own trials."""
     from central.srla.training import Settings, SrlaTrainer
     from central.srla.trial import Trial
     from central.training.settings import read
 
     settings = read(Settings, Path(__file__).parent / "configs" / "scratch.toml")
-    given = settings.environment.range
-    exact = _case(given.cdfs[0], given.load[0], given.levels[0], flows, seed)
+    given = replace(settings.environment.range, cdfs=(name,), load=(load, load), levels=(levels, levels))
+    settings = replace(settings, environment=replace(settings.environment, range=given))
+    exact = _case(name, load, levels, flows, seed)
     optimum = min(exact.base_value, _search(exact, evaluations, seed))
-    start = time.perf_counter()
+    start, before_s = time.perf_counter(), _cpu_s()
     trainer = SrlaTrainer(settings, seed, workers)
     try:
         while trainer.done < trainer.total:
             trainer.advance()
         seconds = time.perf_counter() - start
+        (untrained,) = Trial.of(given, 1, flows, settings.encoding, "fct", seed).cases
         trainer.use_best()
-        own = Trial.of(given, 1, flows, settings.encoding, "fct", seed)
+        own = Trial((untrained,), settings.encoding, "fct")
         (chosen,) = own.thresholds(trainer.agent)
     finally:
-        trainer.close()
-    value = exact.value(chosen, "fct")
+        trainer.close()  # the workers' CPU time counts once they have ended
     return {
+        "cdf": name,
+        "load": load,
+        "levels": levels,
         "seed": seed,
         "workers": workers,
         "seconds": round(seconds, 1),
+        "cpu_s": round(_cpu_s() - before_s, 1),
         "simulated_flows": 2 * settings.rounds * settings.environments * settings.environment.flows,
         "thresholds": list(chosen.bytes),
-        "above_optimum": value / optimum - 1,
+        "untrained_above_optimum": untrained.base_value / optimum - 1,
+        "exact_above_optimum": exact.base_value / optimum - 1,
+        "above_optimum": exact.value(chosen, "fct") / optimum - 1,
     }
+
+
+def _cpu_s() -> float:
+    """CPU time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _scratch_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['cdf']} load {row['load']} K {row['levels']}, from scratch, seed {row['seed']}: "
+        f"{row['untrained_above_optimum']:+.2%} untrained, {row['above_optimum']:+.2%} "
+        f"after {row['seconds']:.0f} s ({row['cpu_s']:.0f} s of CPU)"
+    )
 
 
 def _means(rows: list[dict[str, Any]], over: Callable[[list[float]], float] = np.mean) -> dict[str, float]:

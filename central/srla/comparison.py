@@ -15,8 +15,7 @@ from central.srla import weights
 from central.srla.ddpg import Ddpg
 from central.srla.encoding import ACTIONS
 from central.srla.environment import ThresholdTrials
-from central.srla.training import Settings
-from central.srla.trial import Trial
+from central.srla.training import Settings, own_trial
 from central.training.settings import as_record
 from fabricpilot.errors import UsageError
 
@@ -65,8 +64,7 @@ class Td3Trainer:
             device="cpu",
         )
         self.agent = Ddpg(its, s.encoding.features, ACTIONS, seed)
-        world = s.environment
-        self._trial = Trial.of(world.range, s.check, world.flows, s.encoding, world.objective, seed + 7919)
+        self._trial = own_trial(s, seed)
         self._gain = -np.inf
 
     @property

@@ -28,6 +28,8 @@ from central.srla.trial import Trial
 from central.training import workers
 from central.training.settings import as_record
 
+_TRIAL_SEED = 7919  # added to a run's: its trials see other flows than its environments
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,6 +45,7 @@ class Settings:
         updates: gradient updates per round.
         check_every: rounds between two trials without noise.
         check: situations in such a trial.
+        check_flows: flows of each of them: more than a step's, since weights are chosen by them.
         agent: DDPG's own.
         environment: the simulated world's.
     """
@@ -56,6 +59,7 @@ class Settings:
     updates: int = 32
     check_every: int = 50
     check: int = 48
+    check_flows: int = 10_000
     agent: AgentSettings = field(default_factory=AgentSettings)
     environment: WorldSettings = field(default_factory=WorldSettings)
 
@@ -63,6 +67,13 @@ class Settings:
     def encoding(self) -> Encoding:
         """How the agent sees and acts."""
         return Encoding(self.kind, self.base, self.reach, self.environment.objective)
+
+
+def own_trial(settings: Settings, seed: int) -> Trial:
+    """The situations by which a run chooses among its weights: always the same flows, drawn for this alone."""
+    its = settings.environment
+    encoding = settings.encoding
+    return Trial.of(its.range, settings.check, settings.check_flows, encoding, its.objective, seed + _TRIAL_SEED)
 
 
 class Fleet:
@@ -139,7 +150,7 @@ class SrlaTrainer:
         shares = tuple(len(part) for part in np.array_split(np.arange(settings.environments), count))
         self._ends = np.cumsum(shares)[:-1]
         self._workers = workers.start(partial(make_fleet, settings, seed, shares), count, ray_address)
-        self._check_seed = seed + 7919
+        self._seed = seed
         self._trial: Trial | None = None
         self._now: tuple[Singles, Singles] | None = None  # states and masks to act on
 
@@ -225,8 +236,7 @@ class SrlaTrainer:
     def _check(self) -> dict[str, float]:
         """Try the actor without noise."""
         if self._trial is None:
-            s, its = self.settings, self.settings.environment
-            self._trial = Trial.of(its.range, s.check, its.flows, s.encoding, its.objective, self._check_seed)
+            self._trial = own_trial(self.settings, self._seed)
         gain = self._trial.gain(self.agent)
         if gain > self._best["gain"]:
             kept = {name: value.clone() for name, value in self.agent.actor.state_dict().items()}

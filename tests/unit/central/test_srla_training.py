@@ -29,6 +29,7 @@ TINY = Settings(
     updates=2,
     check_every=4,
     check=2,
+    check_flows=200,
     agent=ddpg.Settings(actor_layers=(16,), joint_layers=(16,), batch=8, replay=64, actor_waits=2),
     environment=WORLD,
 )
@@ -39,6 +40,7 @@ environments = 2
 warm = 2
 updates = 1
 check = 1
+check_flows = 100
 [agent]
 actor_layers = [8]
 joint_layers = [8]
