@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +41,14 @@ class Usage:
     rss_bytes: int
 
 
+@dataclass(frozen=True)
+class Role:
+    """What sets a host apart: its group, and the thresholds it begins with (None: the defaults)."""
+
+    group: str
+    thresholds: Thresholds | None
+
+
 @dataclass
 class Daemons:
     """Central and the agents of one run.
@@ -54,6 +63,10 @@ class Daemons:
         levels: K.
         thresholds: what agents begin with and central keeps to; None: the defaults, and what the scheme has.
         hints: applications in the hosts' cgroups may say how large their messages are.
+        roles: of hosts by name, where they differ; `thresholds` is for the others.
+        policy: more of central's `[policy]`.
+        report_s: how often agents report.
+        alone: there is no central, agents keep what they begin with.
     """
 
     star: StarPlan
@@ -65,6 +78,10 @@ class Daemons:
     levels: int = DEFAULT_LEVELS
     thresholds: Thresholds | None = None
     hints: bool = False
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    report_s: float = 1.0
+    alone: bool = False
     central: Program | None = None
     agents: dict[str, Program] = field(default_factory=dict)
 
@@ -79,14 +96,12 @@ class Daemons:
         return self.programs.log_dir / "thresholds.jsonl"
 
     def start(self) -> None:
-        """Start everything and wait until every agent tags packets and talks to central.
+        """Start everything and wait until every agent tags packets and, unless alone, talks to central.
 
         Raises:
             FabricpilotError: something did not start; names its log.
         """
         hosts = self.star.sender_hosts
-        named = [argument for host in hosts for argument in ("--host", host.name)]
-        self._call(self.star.controller, ["central", "keys", "--force", "--out", str(self.dir / "keys"), *named])
         bpffs = self.dir / "bpf"
         bpffs.mkdir(exist_ok=True)
         if not bpffs.is_mount():  # an earlier scheme of this run has left it
@@ -97,12 +112,19 @@ class Daemons:
                 raise KernelError(f"cannot mount a bpffs on {bpffs}: {reason} (needs CONFIG_BPF_SYSCALL)")
         self.programs.log_dir.mkdir(parents=True, exist_ok=True)
         self.threshold_log.unlink(missing_ok=True)
-        self.start_central()
-        self._await(self.central, "central.sock", lambda told: True)
+        if not self.alone:
+            named = [argument for host in hosts for argument in ("--host", host.name)]
+            self._call(self.star.controller, ["central", "keys", "--force", "--out", str(self.dir / "keys"), *named])
+            self.start_central()
+            self._await(self.central, "central.sock", lambda told: True)
         for host in hosts:
             self.start_agent(host)
         for host in hosts:
-            self._await(self.agents[host.name], f"{host.name}/agent.sock", lambda told: told["link"]["connected"])
+            self._await(
+                self.agents[host.name],
+                f"{host.name}/agent.sock",
+                lambda told: self.alone or told["link"]["connected"],
+            )
 
     def start_central(self) -> None:
         """Start central, again if it was ended."""
@@ -117,9 +139,10 @@ class Daemons:
             },
             policy={
                 "scheme": self.scheme,
-                "thresholds": self._thresholds,
+                "thresholds": _listed(self.thresholds),
                 "interval_s": self.decision_s,
                 "shared_rate": f"{self.rate_bps}bit",
+                **self.policy,
             },
         )
         self.central = self._daemon("central", self.star.controller, ["central", "run", "--config", str(config)])
@@ -134,23 +157,31 @@ class Daemons:
     def agent_config(self, host: Host) -> Path:
         """Write one agent's configuration; returns the file."""
         keys = self.dir / "keys"
+        link = {
+            "endpoint": f"tcp://{self.star.controller_address}:{CENTRAL_PORT}",
+            "key": str(keys / "hosts" / f"{host.name}.key_secret"),
+            "central_key": str(keys / "central.key"),
+        }
+        role = self.roles.get(host.name, Role("default", self.thresholds))
         return self._write(
             f"agent-{host.name}.toml",
-            host={"interfaces": [DATA_PORT], "name": host.name, "run_dir": str(self.dir / host.name)},
+            host={
+                "interfaces": [DATA_PORT],
+                "name": host.name,
+                "group": role.group,
+                "report_interval_s": self.report_s,
+                "run_dir": str(self.dir / host.name),
+            },
             datapath={
                 "pin_dir": str(self.dir / "bpf" / host.name),
                 "mode": self.mode,
                 "levels": self.levels,
-                "thresholds": self._thresholds,
+                "thresholds": _listed(role.thresholds),
                 "hint_cgroups": [self.star.run.make_cgroup(host.name)] if self.hints else [],
                 # One connection carries one message here, as the ground truth has it, however its sender pauses.
                 "message_gap_us": 60_000_000,
             },
-            link={
-                "endpoint": f"tcp://{self.star.controller_address}:{CENTRAL_PORT}",
-                "key": str(keys / "hosts" / f"{host.name}.key_secret"),
-                "central_key": str(keys / "central.key"),
-            },
+            link={} if self.alone else link,
         )
 
     def agent_status(self, host: Host) -> dict[str, Any]:
@@ -182,10 +213,6 @@ class Daemons:
         log = self.programs.log_dir / f"agent-{host.name}.log"
         return read_history(log.read_text(errors="replace").splitlines())
 
-    @property
-    def _thresholds(self) -> list[int]:
-        return list(self.thresholds.bytes) if self.thresholds is not None else []
-
     def _daemon(self, name: str, namespace: str, arguments: Sequence[str]) -> Program:
         return self.programs.start(name, namespace, [*_FABRICPILOT, *arguments])
 
@@ -216,6 +243,23 @@ class Daemons:
         raise FabricpilotError(f"{program.name} is not ready after {_START_S:g} s; see {program.log}")
 
 
+@contextmanager
+def running(daemons: Daemons) -> Iterator[Daemons]:
+    """These daemons while the context lasts.
+
+    Raises:
+        FabricpilotError: one does not start, or cannot be taken away.
+    """
+    try:
+        daemons.start()
+        yield daemons
+    except BaseException:
+        with suppress(FabricpilotError):  # the first failure is the one to tell
+            daemons.stop()
+        raise
+    daemons.stop()
+
+
 _LOG_TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) .*thresholds (\[[\d, ]+\])")
 
 
@@ -229,6 +273,10 @@ def read_history(log_lines: Sequence[str]) -> list[InForce]:
             logged_ns = (second * 1000 + int(found[2]) + 1) * 1_000_000
             history.append(InForce(logged_ns - _APPLY_NS, logged_ns, Thresholds.of(json.loads(found[3]))))
     return history
+
+
+def _listed(thresholds: Thresholds | None) -> list[int]:
+    return list(thresholds.bytes) if thresholds is not None else []
 
 
 def _toml(table: str, values: Mapping[str, Any]) -> str:

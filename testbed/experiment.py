@@ -111,14 +111,14 @@ def run_experiment(
 
 @contextmanager
 def star_in_place(
-    senders: int, steps: Steps, runtime_dir: Path = RUNTIME_DIR, send_buffer_bytes: int = 0
+    senders: int, steps: Steps, runtime_dir: Path = RUNTIME_DIR, send_buffer_bytes: int = 0, receivers: int = 1
 ) -> Iterator[StarPlan]:
     """A star while the context lasts. SIGTERM and SIGHUP end it like Ctrl-C does."""
     run = Run.create(runtime_dir)
     with _signals(_leave, signal.SIGTERM, signal.SIGHUP):
         try:
-            steps.begin(f"build the star: {senders} senders, 1 receiver", 1)
-            star = StarPlan(run, senders, send_buffer_bytes)
+            steps.begin(f"build the star: {senders} senders, {receivers} receiver{'s' * (receivers > 1)}", 1)
+            star = StarPlan(run, senders, send_buffer_bytes, receivers)
             star.build()
             steps.advance(1)
             yield star

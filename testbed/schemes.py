@@ -11,17 +11,17 @@ Thresholds that do not adapt are for flow sizes as published; a run scales sizes
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 from central.policy.schemes import SCHEMES, find
 from fabricpilot.config import DatapathSection
-from fabricpilot.errors import FabricpilotError, UsageError
+from fabricpilot.errors import UsageError
 from fabricpilot.levels import DEFAULT_LEVELS, Thresholds, default_dscp
-from testbed.daemons import Daemons
+from testbed.daemons import Daemons, running
 from testbed.flows.protocol import Transport
 from testbed.flows.recorded import Recipe
 from testbed.netns.programs import Programs
-from testbed.netns.star import BOTTLENECK_PORT, StarPlan
+from testbed.netns.star import StarPlan
 from testbed.netns.switch_port import shape, shape_fair_queues
 from testbed.transport.dctcp import DCTCP
 
@@ -52,15 +52,19 @@ def has_agents(name: str) -> bool:
     return find(name).rank is not None
 
 
+def mode_of(name: str) -> str:
+    """The agents' `datapath.mode` under this scheme."""
+    return {"written": "backlog", "default": DatapathSection().mode}.get(str(find(name).rank), "attained")
+
+
 def ranks_by_more_than_sent(name: str) -> bool:
     """Whether a flow may be on a lower level than its bytes sent say: by what was written or announced."""
-    rank = find(name).rank
-    return DatapathSection().mode != "attained" if rank == "default" else rank in ("written", "hinted")
+    return find(name).rank == "hinted" or mode_of(name) != "attained"
 
 
-def dscp_of(name: str) -> tuple[int, ...] | None:
-    """What the switch serves by, None for one queue."""
-    return default_dscp(find(name).levels) if has_agents(name) else None
+def dscp_of(name: str, levels: int | None = None) -> tuple[int, ...] | None:
+    """What the switch serves by, with the scheme's K or another; None for one queue."""
+    return default_dscp(levels or find(name).levels) if has_agents(name) else None
 
 
 def transport_of(name: str) -> Transport:
@@ -83,14 +87,19 @@ def thresholds_of(name: str, recipe: Recipe) -> Thresholds | None:
 
     sizes = SizeDistribution.load(recipe.workload)
     published = thresholds_for(name, sizes, recipe.load, scheme.levels, recipe.workload)
-    return Thresholds.of(max(round(value * recipe.scale), 1 + level) for level, value in enumerate(published.bytes))
+    return scaled(published.bytes, recipe.scale)
+
+
+def scaled(thresholds: Sequence[float], scale: float) -> Thresholds:
+    """Thresholds for sizes as published, for the same sizes times `scale`."""
+    return Thresholds.of(max(round(value * scale), 1 + level) for level, value in enumerate(thresholds))
 
 
 def check_kernel(names: Sequence[str], star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int) -> None:
     """Raise `KernelError` if the kernel lacks what one of them needs: now, not after minutes of others' traffic."""
     for name in names:
         if find(name).port in ("fair-queues", "marked"):
-            with _port_in_force(name, star, programs, rate_bps, buffer_bytes):
+            with port_in_force(name, star, programs, rate_bps, buffer_bytes):
                 pass
 
 
@@ -123,7 +132,7 @@ def in_force(
         FabricpilotError: the port cannot be shaped or a daemon does not start.
     """
     check_names([name])
-    with _port_in_force(name, star, programs, rate_bps, buffer_bytes):
+    with port_in_force(name, star, programs, rate_bps, buffer_bytes):
         if not has_agents(name):
             yield None
             return
@@ -133,27 +142,23 @@ def in_force(
             programs,
             rate_bps,
             decision_s,
-            mode={"written": "backlog", "default": DatapathSection().mode}.get(str(scheme.rank), "attained"),
+            mode=mode_of(name),
             scheme=name,
             levels=scheme.levels,
             thresholds=thresholds,
             hints=scheme.rank == "hinted",
         )
-        try:
-            daemons.start()
+        with running(daemons):
             yield daemons
-        except BaseException:
-            with suppress(FabricpilotError):  # the first failure is the one to tell
-                daemons.stop()
-            raise
-        daemons.stop()
 
 
 @contextmanager
-def _port_in_force(name: str, star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int) -> Iterator[None]:
-    """The bottleneck as the scheme wants it, and what the machine must have for that."""
+def port_in_force(
+    name: str, star: StarPlan, programs: Programs, rate_bps: int, buffer_bytes: int, levels: int | None = None
+) -> Iterator[None]:
+    """The bottleneck ports as the scheme wants them, and what the machine must have for that; K may be another."""
     port = find(name).port
-    shape(programs, star, rate_bps, buffer_bytes, dscp_of(name))
+    shape(programs, star, rate_bps, buffer_bytes, dscp_of(name, levels))
     with ExitStack() as stack:
         if port == "fair-queues":
             shape_fair_queues(programs, star, buffer_bytes)
@@ -162,5 +167,6 @@ def _port_in_force(name: str, star: StarPlan, programs: Programs, rate_bps: int,
 
             k_bytes = min(buffer_bytes // 2, round(rate_bps / 8 * _MARKING_S))
             stack.enter_context(dctcp_registered())
-            stack.enter_context(attach_marker(star.switch, BOTTLENECK_PORT, k_bytes, rate_bps, "real"))
+            for host in star.receiver_hosts:
+                stack.enter_context(attach_marker(star.switch, host.name, k_bytes, rate_bps, "real"))
         yield

@@ -1,4 +1,4 @@
-"""Plays a trace through a star: one sender process per host, one receiver, and the results of every flow.
+"""Plays a trace through a star: a process per sending and receiving host, and the results of every flow.
 
 The processes report flow by flow on their standard output; this end only reads, so progress and results come for free.
 """
@@ -44,19 +44,22 @@ def replay(
     path = out_dir / "trace.csv"
     trace.save(path)
     module = [*programs.python, "-m"]
-    receiver = programs.start(
-        "receiver",
-        star.receiver.namespace,
-        [*module, "testbed.flows.receiver", star.receiver.address, *transport.arguments],
-        talk=True,
-    )
-    _await_ready([receiver])
+    receivers = [
+        programs.start(
+            f"receiver-{host.name}",
+            host.namespace,
+            [*module, "testbed.flows.receiver", host.address, *transport.arguments],
+            talk=True,
+        )
+        for host in star.receiver_hosts
+    ]
+    _await_ready(receivers)
     numbers = [n for n in range(star.senders) if (trace.sender == n).any()]
     senders = [
         programs.start(
             f"sender-s{n}",
             star.sender_hosts[n].namespace,
-            [*module, "testbed.flows.sender", str(path), str(n), star.receiver.address, *transport.arguments],
+            [*module, "testbed.flows.sender", str(path), str(n), star.receiver_of(n).address, *transport.arguments],
             talk=True,
             cgroup=star.run.cgroup(star.sender_hosts[n].name) if transport.hints else None,
         )
@@ -68,7 +71,7 @@ def replay(
         sender.tell(str(begin_ns))
     deadline_s = _LEAD_S + float(trace.start_ns[-1]) / 1e9 + drain_s
     results = _collect(senders, trace, deadline_s, progress)
-    for program in (*senders, receiver):
+    for program in (*senders, *receivers):
         program.stop()
     return results
 

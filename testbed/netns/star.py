@@ -1,10 +1,11 @@
-"""The star: N sender namespaces and a receiver around a switch namespace, and a management network beside it.
+"""The star: sender namespaces and a receiver around a switch namespace, and a management network beside it.
 
     s0 eth0 --- s0 |                                    ctl mgmt0 --- ctl |
     s1 eth0 --- s1 |- br0 (switch) rx === eth0 rx       s0  mgmt0 --- s0  |- br0 (mgmt)
     ...            |            the bottleneck          rx  mgmt0 --- rx  |
 
-Data crosses the switch, and the one slow port is the switch's towards the receiver (`switch_port` shapes it). What
+Data crosses the switch, and the slow port is the switch's towards the receiver (`switch_port` shapes it). There may be
+several receivers, each behind a slow port of its own; a sender then sends to one of them only (`receiver_of`). What
 agents and central say to each other crosses the management network, as in AuTO's testbed with its separate
 control-plane switch. Every link lives wholly inside our namespaces: nothing shows up on the machine itself.
 
@@ -26,8 +27,9 @@ from testbed.netns.enter import set_sysctls
 from testbed.netns.registry import Run
 
 MAX_SENDERS = 64
+MAX_RECEIVERS = 8
 DATA_PORT = "eth0"  # of every host, towards the switch
-BOTTLENECK_PORT = "rx"  # of the switch, towards the receiver
+BOTTLENECK_PORT = "rx"  # of the switch, towards the (first) receiver
 MTU_BYTES = 1500
 RTO_MIN_MS = 10
 MIN_SEND_BUFFER_BYTES = 4096  # what the kernel lets every connection have
@@ -43,7 +45,7 @@ SYSCTLS = {
 class Host:
     """One end of the star: its namespace and its addresses in the data and the management network."""
 
-    name: str  # s0, s1 ..., rx
+    name: str  # s0, s1 ..., rx, rx1 ...
     namespace: str
     address: str
     address6: str
@@ -59,16 +61,22 @@ class StarPlan:
         run: the register it is written down in.
         senders: number of sending hosts.
         send_buffer_bytes: of their connections from the beginning; 0: as Linux has it.
+        receivers: number of receiving hosts, each the end of every so many-th sender's flows.
 
     Raises:
-        UsageError: number of senders out of bounds.
+        UsageError: number of senders or receivers out of bounds.
     """
 
     run: Run
     senders: int
     send_buffer_bytes: int = 0
+    receivers: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.receivers <= min(MAX_RECEIVERS, self.senders):
+            raise UsageError(
+                f"{self.receivers} receivers; the star has 1 to {MAX_RECEIVERS}, and as many senders at least"
+            )
         if not 1 <= self.senders <= MAX_SENDERS:
             raise UsageError(f"{self.senders} senders; the star has 1 to {MAX_SENDERS}")
 
@@ -91,8 +99,17 @@ class StarPlan:
 
     @property
     def receiver(self) -> Host:
-        """The host behind the bottleneck."""
-        return self._host("rx", 1)
+        """The host behind the bottleneck; the first of several."""
+        return self.receiver_hosts[0]
+
+    @property
+    def receiver_hosts(self) -> list[Host]:
+        """The hosts behind bottlenecks; the switch's ports towards them have their names."""
+        return [self._host(f"{BOTTLENECK_PORT}{i or ''}", 1 + i) for i in range(self.receivers)]
+
+    def receiver_of(self, sender: int) -> Host:
+        """Where flows of the sender with this number go."""
+        return self.receiver_hosts[sender % self.receivers]
 
     @property
     def sender_hosts(self) -> list[Host]:
@@ -101,8 +118,8 @@ class StarPlan:
 
     @property
     def hosts(self) -> list[Host]:
-        """Receiver and senders."""
-        return [self.receiver, *self.sender_hosts]
+        """Receivers and senders."""
+        return [*self.receiver_hosts, *self.sender_hosts]
 
     @property
     def namespaces(self) -> list[str]:

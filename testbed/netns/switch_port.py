@@ -1,4 +1,4 @@
-"""Shapes the bottleneck: the switch's port towards the receiver, by the same script an operator would use.
+"""Shapes the bottleneck: the switch's port towards each receiver, by the same script an operator would use.
 
 Both kinds have the same rate and the same buffer in all; `tc_scripts/switch` splits it between the bands.
 """
@@ -25,29 +25,33 @@ class PortCounters:
     dropped: int
 
 
-def shape_command(rate_bps: int, buffer_bytes: int, dscp: Sequence[int] | None) -> list[str]:
-    """The command that shapes the bottleneck port.
+def shape_command(
+    rate_bps: int, buffer_bytes: int, dscp: Sequence[int] | None, port: str = BOTTLENECK_PORT
+) -> list[str]:
+    """The command that shapes a bottleneck port.
 
     Args:
         rate_bps: rate of the port.
         buffer_bytes: what the port may queue in all.
         dscp: one code point per strict band, or None for one FIFO band.
+        port: of the switch.
     """
     kind = ["--fifo"] if dscp is None else ["--levels", str(len(dscp)), "--dscp", ",".join(map(str, dscp))]
-    return [str(SCRIPT), BOTTLENECK_PORT, "--rate", f"{rate_bps}bit", "--buffer", str(buffer_bytes), *kind]
+    return [str(SCRIPT), port, "--rate", f"{rate_bps}bit", "--buffer", str(buffer_bytes), *kind]
 
 
 def shape(programs: Programs, star: StarPlan, rate_bps: int, buffer_bytes: int, dscp: Sequence[int] | None) -> None:
-    """Shape the bottleneck port afresh, see `shape_command`.
+    """Shape the bottleneck ports afresh, see `shape_command`.
 
     Raises:
         FabricpilotError: the script failed; the message is its own.
     """
-    programs.run_in(star.switch, shape_command(rate_bps, buffer_bytes, dscp))
+    for host in star.receiver_hosts:
+        programs.run_in(star.switch, shape_command(rate_bps, buffer_bytes, dscp, host.name))
 
 
 def shape_fair_queues(programs: Programs, star: StarPlan, buffer_bytes: int) -> None:
-    """Give every flow a queue of its own at a port that `shape` made one FIFO: sch_fq, or fq_codel.
+    """Give every flow a queue of its own at ports that `shape` made one FIFO: sch_fq, or fq_codel.
 
     Both let a flow that has just begun go before those that have a queue already.
 
@@ -55,7 +59,12 @@ def shape_fair_queues(programs: Programs, star: StarPlan, buffer_bytes: int) -> 
         KernelError: the kernel has neither.
         FabricpilotError: tc failed otherwise.
     """
-    leaf = ["dev", BOTTLENECK_PORT, "parent", f"{_HANDLE}:1"]
+    for host in star.receiver_hosts:
+        _shape_fair_queues(programs, star, buffer_bytes, host.name)
+
+
+def _shape_fair_queues(programs: Programs, star: StarPlan, buffer_bytes: int, port: str) -> None:
+    leaf = ["dev", port, "parent", f"{_HANDLE}:1"]
     programs.run_in(star.switch, ["tc", "qdisc", "del", *leaf])
     packets = max(1, buffer_bytes // MTU_BYTES)
     for kind in (
@@ -74,8 +83,14 @@ def shape_fair_queues(programs: Programs, star: StarPlan, buffer_bytes: int) -> 
 
 
 def port_counters(programs: Programs, star: StarPlan) -> PortCounters:
-    """Counters of the bottleneck port since it was shaped."""
-    return parse_counters(programs.run_in(star.switch, ["tc", "-s", "qdisc", "show", "dev", BOTTLENECK_PORT, "root"]))
+    """Counters of the bottleneck since it was shaped, all ports together."""
+    ports = [
+        parse_counters(programs.run_in(star.switch, ["tc", "-s", "qdisc", "show", "dev", host.name, "root"]))
+        for host in star.receiver_hosts
+    ]
+    return PortCounters(
+        sum(port.packets for port in ports), sum(port.sent_bytes for port in ports), sum(port.dropped for port in ports)
+    )
 
 
 def parse_counters(text: str) -> PortCounters:

@@ -31,12 +31,14 @@ class Contender:
         about: one line.
         ranking: how flows of a group are ranked, with K levels.
         policy: makes what decides on thresholds while the scenario runs; None: they stay.
+        on_testbed: the scheme of `central.policy.schemes` that ports and agents of a real network run for it.
     """
 
     name: str
     about: str
     ranking: Callable[[PortGroup, int], Scheme]
     policy: Callable[[], ThresholdPolicy] | None = None
+    on_testbed: str = "mlfq"
 
 
 def _simple(name: str) -> Callable[[PortGroup, int], Scheme]:
@@ -92,7 +94,7 @@ def mixture(group: PortGroup) -> SizeDistribution:
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
-        Contender("fair", "equal sharing, no priorities (TCP/DCTCP)", _simple("fair")),
+        Contender("fair", "equal sharing, no priorities (TCP/DCTCP)", _simple("fair"), on_testbed="fair"),
         Contender(
             "pias-matched",
             "thresholds published for the group's main workload at its first load",
@@ -100,19 +102,31 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender("pias-mismatched", "thresholds published for the other workload", _fixed("mlfq", _mismatched)),
         Contender("qlas", "AuTO's baseline: thresholds fixed for web search at 0.8", _fixed("mlfq", _web_search_at_80)),
-        Contender("qsjf", "knows sizes: levels by size, thresholds as qlas", _fixed("qsjf", _web_search_at_80)),
+        Contender(
+            "qsjf",
+            "knows sizes: levels by size, thresholds as qlas",
+            _fixed("qsjf", _web_search_at_80),
+            on_testbed="qsjf",
+        ),
         Contender("equal-split", "knows all hours' sizes: quantiles as thresholds", _fixed("mlfq", _equal_split)),
         Contender(
-            "optimiser", "the exact optimiser on what is reported", _fixed("mlfq", _default), _deciding("optimiser")
+            "optimiser",
+            "the exact optimiser on what is reported",
+            _fixed("mlfq", _default),
+            _deciding("optimiser"),
+            "optimiser",
         ),
-        Contender("auto", "AuTO as published: 700 features", _fixed("mlfq", _default), _deciding("auto")),
+        Contender("auto", "AuTO as published: 700 features", _fixed("mlfq", _default), _deciding("auto"), "auto"),
         Contender(
             "fabricpilot",
             "as shipped: the optimiser, levels by bytes written",
             _fixed("written", _default),
             _deciding("fabricpilot"),
+            "fabricpilot",
         ),
-        Contender("srpt", "shortest remaining size first: knows everything, the bound", _simple("srpt")),
+        Contender(
+            "srpt", "shortest remaining size first: knows everything, the bound", _simple("srpt"), on_testbed="srpt"
+        ),
     )
 }
 

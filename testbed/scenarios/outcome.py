@@ -17,7 +17,7 @@ from simulator.results import FlowResults
 from simulator.statistics import FlowStatistics, Group
 from testbed.scenarios.catalogue import Scenario
 from testbed.scenarios.contenders import contenders
-from testbed.scenarios.loop import Run, play
+from testbed.scenarios.loop import Run, Trail, play
 
 BASELINE = "fair"  # changes are told against it
 CONFIDENCE = 0.95
@@ -63,14 +63,22 @@ def measure(
         for sample in pool.imap_unordered(_one, tasks):
             samples.append(sample)
             progress(sample.name)
+    return document(scenario, samples, seeds, levels)
+
+
+def document(scenario: Scenario, samples: Sequence[Sample], seeds: Sequence[int], levels: int) -> dict[str, Any]:
+    """What `scenario run --json` prints of samples of every scheme with every seed, wherever they were taken."""
+    present = {sample.name for sample in samples}
     by_name = {
         contender.name: sorted((s for s in samples if s.name == contender.name), key=lambda s: s.seed)
-        for contender in chosen
+        for contender in contenders()
+        if contender.name in present
     }
     base = by_name.get(BASELINE)
     return {
         "scenario": scenario.name,
         "about": scenario.about,
+        "on": "simulator",
         "seeds": list(seeds),
         "levels": levels,
         "link_rate_bps": scenario.link_rate_bps,
@@ -91,12 +99,15 @@ def _one(task: tuple[Scenario, str, int, int]) -> Sample:
     scenario, name, seed, levels = task
     torch.set_num_threads(1)  # runs are side by side already
     (contender,) = contenders(name)
-    trail = play(Run(scenario, contender, seed, levels))
-    everything = FlowResults.joined(trail.hours)
+    return sample_of(name, seed, play(Run(scenario, contender, seed, levels)))
+
+
+def sample_of(name: str, seed: int, trail: Trail) -> Sample:
+    """The statistics of a run."""
     return Sample(
         name,
         seed,
-        _statistics(everything),
+        _statistics(FlowResults.joined(trail.hours)),
         [_statistics(hour) for hour in trail.hours],
         trail.thresholds,
         trail.decisions,

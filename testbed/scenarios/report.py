@@ -14,6 +14,8 @@ def table(document: dict[str, Any]) -> Table:
     """One line per scheme; changes are against fair sharing, seed by seed, with 95 % confidence."""
     seeds = len(document["seeds"])
     repeated = f"{seeds} seed{'s' * (seeds != 1)}, K = {document['levels']}"
+    if document["on"] == "testbed":
+        repeated += f", real TCP at {document['link_rate_bps'] / 1e6:g} Mbit/s, hours of {document['hour_s']:g} s"
     out = Table(
         title=f"{document['scenario']}: {document['about']}; {repeated}",
         title_justify="left",
