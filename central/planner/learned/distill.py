@@ -71,7 +71,7 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
     walk = Walk(problem)
     generator = torch.Generator().manual_seed(int(random.integers(2**31)))
     steps = int(random.integers(0, max(1, int(settings.walked * problem.limits.mnl)) + 1))
-    observer = roll(policy, [walk], generator, Cut(), stop=lambda: walk.budget.moves >= steps)[0].observer
+    observer = roll(policy, [walk], generator, Cut(), stop=lambda paths: walk.budget.moves >= steps)[0].observer
     master = Master(walk.state, walk.valuation, replace(problem.limits, mnl=walk.budget.moves_left))
     result = master.solve(Deadline(5.0))
     if result.flow is None or not result.flow.arriving:

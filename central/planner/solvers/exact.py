@@ -44,9 +44,13 @@ def first_plan(problem: Problem, cluster: Cluster, deadline: Deadline) -> Walk:
     """
     best = Walk(problem, cluster)
     look_ahead(best, deadline)
+    deadline.board.post(Solution(tuple(best.steps)))
     plain = Walk(problem, cluster)
     descend(plain, deadline.part(GREEDY_SHARE))
-    return plain if better(plain, best) else best
+    if not better(plain, best):
+        return best
+    deadline.board.post(Solution(tuple(plain.steps)))
+    return plain
 
 
 def cluster_of(problem: Problem) -> Cluster:
@@ -67,6 +71,10 @@ def improve(
     result = solve_counts(after, deadline, hint, seed)
     if result.infeasible:
         return Solution(impossible=True), before
+    bound = None
+    if np.isfinite(result.bound) and after.value_needed is None and not problem.objective.cost_per_gb:
+        bound = max(0.0, after.valuation.objective(result.bound))
+        deadline.board.post(Solution(tuple(before.steps), bound))
     notes: tuple[str, ...] = ()
     proven = False
     if result.flow is not None:
@@ -78,15 +86,14 @@ def improve(
             needed = orderable(Walk(problem, cluster).state, result.flow) is False
             proof = "at least 1 is needed: proven" if needed else "not proven to be the fewest"
             notes += (f"{done.extra} extra moves through a spare place break a cycle ({proof})",)
-    bound = None
-    if np.isfinite(result.bound):
+    if np.isfinite(result.bound) and after.value_needed is not None:
         least = int(np.ceil(-result.bound - 1e-6))
-        if after.value_needed is not None and least > 1:
+        if least > 1:
             notes += (f"no plan of fewer than {least} moves reaches the goal: proven",)
-        if after.value_needed is None and not problem.objective.cost_per_gb:
-            bound = max(0.0, after.valuation.objective(result.bound))
     best = after if better(after, before) else before
-    return Solution(tuple(best.steps), bound, notes, proven), best
+    solution = Solution(tuple(best.steps), bound, notes, proven)
+    deadline.board.post(solution)
+    return solution, best
 
 
 def better(one: Walk, other: Walk) -> bool:
@@ -106,6 +113,15 @@ def walk_along(problem: Problem, cluster: Cluster, steps: Sequence[Step]) -> Wal
     for step in steps:
         walk.go(step.vm, cluster.place_index(step.vm, step.target))
     return walk
+
+
+def best_known(mine: Walk, deadline: Deadline) -> Walk:
+    """`mine`, or the plan on the board if that is better."""
+    steps = deadline.board.latest()
+    if not steps:
+        return mine
+    other = walk_along(mine.problem, mine.cluster, steps)
+    return other if better(other, mine) else mine
 
 
 def limits_left(walk: Walk) -> Limits:
