@@ -7,7 +7,7 @@ reports, and weighs in its group's estimates within bounds (`windows.py`).
 
 import math
 import statistics
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -94,7 +94,8 @@ class Group:
     name: str
     durations: ForgettingWindow
     sample: deque[FlowSummary] = field(default_factory=lambda: deque(maxlen=SAMPLE_FLOWS))  # finished short flows
-    sampled: int = SAMPLE_FLOWS  # at most so many of one report, so that each host has its part
+    sampled: int = SAMPLE_FLOWS  # at most so many of one host between two decisions, so that each has its part
+    given: Counter[str] = field(default_factory=Counter)  # how many each host gave since the last one
     in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
     on_trial: dict[int, OnTrial] = field(default_factory=dict)  # K -> policy of the hosts on trial
 
@@ -228,6 +229,7 @@ class Registry:
         for name, hosts in sorted(present.items()):
             known = self.groups[name]
             known.sampled = max(1, SAMPLE_FLOWS // len(hosts))
+            known.given.clear()
             flows, sizes = self._sizes(hosts, now_s)
             load = self.load(hosts)
             for levels in sorted({host.hello.levels for host in hosts}):
@@ -291,7 +293,9 @@ class Registry:
         in_force = group.in_force.get(host.hello.levels)
         last_bytes = in_force.thresholds.bytes[-1] if in_force else math.inf
         short = [flow for flow in report.finished_sample if flow.size_bytes < last_bytes]
-        group.sample.extend(short[: group.sampled])
+        taken = short[: max(0, group.sampled - group.given[host.name])]
+        group.given[host.name] += len(taken)
+        group.sample.extend(taken)
 
     def _outcome(self, hosts: list[Host], policy: InForce | None, now_s: float) -> Outcome | None:
         """What came of a policy on those of these hosts that follow it; of whatever they have if there is none."""

@@ -128,7 +128,7 @@ def _optimum(counts: bytes, load: float, levels: int, objective: str) -> Thresho
 def _paper(summary: GroupSummary) -> Singles:
     """AuTO's state of the sample: addresses as shares of the IPv4 space (the last 32 bits of longer ones)."""
     flows = summary.sample[-PAPER_FLOWS:]
-    ends = [[int(ipaddress.ip_address(text)) % 2**32 / 2**32 for text in (f.source, f.destination)] for f in flows]
+    ends = [[_place(text) for text in (f.source, f.destination)] for f in flows]
     table = np.array(
         [[f.source_port, f.destination_port, f.protocol, f.duration_us, f.size_bytes] for f in flows], np.float64
     ).reshape(-1, 5)
@@ -136,3 +136,11 @@ def _paper(summary: GroupSummary) -> Singles:
     return observations.paper_rows(
         addresses[:, 0], addresses[:, 1], table[:, 0], table[:, 1], table[:, 2], table[:, 3] / 1e6, table[:, 4]
     )
+
+
+def _place(address: str) -> float:
+    """Where an address lies among all, 0 to 1; what a host says may be none, and is 0 then."""
+    try:
+        return int(ipaddress.ip_address(address)) % 2**32 / 2**32
+    except ValueError:
+        return 0.0

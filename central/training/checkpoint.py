@@ -6,8 +6,8 @@ whoever reads sees the old one or the new one, whole. What is read equals what w
 
 import io
 import json
-import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from central.durable import replace_file
 from fabricpilot.errors import UsageError
+
+# What numpy and zipfile raise for a file that is none, was cut short, or has bits that have flipped.
+_BROKEN = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError, zlib.error)
 
 
 def save(path: Path, tree: Any) -> None:
@@ -30,12 +34,7 @@ def save(path: Path, tree: Any) -> None:
     named: dict[str, Any] = {f"a{i}": array for i, array in enumerate(arrays)}
     np.savez(content, tree=np.array(text), **named)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, lambda beside: beside.write_bytes(content.getbuffer()))
 
 
 def load(path: Path) -> Any:
@@ -48,7 +47,7 @@ def load(path: Path) -> Any:
         with np.load(path, allow_pickle=False) as stored:
             arrays = [stored[f"a{i}"] for i in range(len(stored.files) - 1)]
             return _rebuilt(json.loads(str(stored["tree"])), arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (*_BROKEN, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no checkpoint: {error}") from None
 
 
