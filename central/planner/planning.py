@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from central.planner.judge import Judge
 from central.planner.model.plan import Plan
-from central.planner.model.problem import Deadline, Problem, check_limits
+from central.planner.model.problem import Deadline, Problem, Solution, check_limits
 from central.planner.race import Run, race
 from central.planner.solvers.registry import lanes_of
 from central.planner.warm import warm_up
@@ -53,6 +53,14 @@ def _plan(
     clock: Callable[[], float],
 ) -> Plan:
     check_limits(problem.limits, problem.mapping.vms)
+    if not any(pm.active for pm in problem.mapping.pms):
+        count = len(problem.mapping.pms)
+        raise UsageError(
+            f"{problem.mapping.name or 'the mapping'} has {f'{count} PMs, none of them' if count else 'no PM that is'} "
+            "ACTIVE: there is nothing to plan on"
+        )
+    if name != MAKE_ROOM and not _movable(problem):
+        lanes = [(name, _stay)]
     prepare(name)
     begun = clock()
     if clock is time.monotonic:
@@ -88,6 +96,17 @@ def _plan(
         objective=problem.objective.text,
         notes=notes,
     )
+
+
+def _movable(problem: Problem) -> bool:
+    """Whether any VM may move at all."""
+    pms, fixed = problem.mapping.pms, problem.limits.fixed
+    return any(vm.movable and pms[vm.pm].active and i not in fixed for i, vm in enumerate(problem.mapping.vms))
+
+
+def _stay(problem: Problem, deadline: Deadline, seed: int) -> Solution:
+    """The solver for clusters in which nothing can move."""
+    return Solution(notes=("no VM may move, so this is the best there is",), proven=True)
 
 
 def prepare(name: str) -> None:

@@ -16,10 +16,10 @@ from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Limits, Problem, Solution, Step
 from central.planner.model.state import Valuation
 from central.planner.solvers import columns
-from central.planner.solvers.cycles import orderable
+from central.planner.solvers.cycles import least_extra
 from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.grouped import Flow, Grouped, Result, flow_between
-from central.planner.solvers.patterns import applies
+from central.planner.solvers.patterns import Pricer, applies
 from central.planner.solvers.program import INFINITY
 from central.planner.solvers.realise import realise
 from central.planner.solvers.swap import look_ahead
@@ -83,8 +83,8 @@ def improve(
             descend(after, deadline)  # the moves that are left may gain elsewhere
         proven = result.proven and done.complete and not done.extra
         if done.extra:
-            needed = orderable(Walk(problem, cluster).state, result.flow) is False
-            proof = "at least 1 is needed: proven" if needed else "not proven to be the fewest"
+            least = least_extra(Walk(problem, cluster).state, result.flow, done.extra)
+            proof = f"at least {least} needed: proven" if least else "not proven to be the fewest"
             notes += (f"{done.extra} extra moves through a spare place break a cycle ({proof})",)
     if np.isfinite(result.bound) and after.value_needed is not None:
         least = int(np.ceil(-result.bound - 1e-6))
@@ -148,12 +148,12 @@ def solve_counts(walk: Walk, deadline: Deadline, hint: Flow | None, seed: int) -
     if by_pm and walk.value_needed is None:
         bound = INFINITY
         if limits.per_pm is not None:  # mostly the cap does not bind; else the bound without it is had
-            free = columns.Master(state, valuation, replace(limits, per_pm=None), walk.budget, cost)
+            free = columns.Master(Pricer(state, valuation, replace(limits, per_pm=None), walk.budget, cost))
             first = free.solve(deadline.part(UNCAPPED_SHARE), seed=seed)
             if first.flow is not None and _within(walk, first.flow):
                 return first
             bound = first.bound
-        master = columns.Master(state, valuation, limits, walk.budget, cost)
+        master = columns.Master(Pricer(state, valuation, limits, walk.budget, cost))
         first = _bounded(master.solve(deadline.part(GENERATE_SHARE), start=hint, seed=seed), bound)
         hint = first.flow or hint
         # Tenants are groups of their own in the grouped program; that is another cluster, and rarely pays.
