@@ -168,9 +168,10 @@ class GuardSection(Section, frozen=True, kw_only=True):
 class LongFlowsSection(Section, frozen=True, kw_only=True):
     """`[long_flows]`: whether central chooses level and route of single long flows, and how."""
 
-    # least-loaded: the route with the fewest long flows; shortest-first: that, and priority by what is seen to remain;
-    # learned: what the network of `fabricpilot train lrla` makes of both
-    scheme: Literal["off", "least-loaded", "shortest-first", "learned"] = "off"
+    # least-loaded: the route with the fewest long flows; young-first: that, and flows that have sent less than 10 MB go
+    # before the others; shortest-first: that, and priority by what is seen to remain; learned: what the network of
+    # `fabricpilot train lrla` makes of young-first
+    scheme: Literal["off", "least-loaded", "young-first", "shortest-first", "learned"] = "off"
     ttl_s: float = 10.0  # how long a verdict holds by itself; it is renewed while the flow goes on
     rack_prefix: int = 24  # hosts whose IPv4 addresses agree in so many bits share a leaf; 32: each has its own
     rack_prefix6: int = 64  # the same for IPv6
