@@ -117,7 +117,12 @@ def _import_bcc() -> Any:
 
 
 def compiled(flow_entries: int, macros: Mapping[str, int]) -> tuple[Any, Any]:
-    """The compiler and what it made of the programs, their maps made and nothing loaded. Keeps 120 MB.
+    """The compiler and what it made of the programs; see `compiled_text`."""
+    return compiled_text(program_source(flow_entries, macros=macros))
+
+
+def compiled_text(source: str) -> tuple[Any, Any]:
+    """The compiler and what it made of a C text, its maps made and nothing loaded. Keeps 120 MB.
 
     Raises:
         KernelError: what the compiler lacks or complains of, in one line.
@@ -128,7 +133,7 @@ def compiled(flow_entries: int, macros: Mapping[str, int]) -> tuple[Any, Any]:
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     flags = [f"-I{_UAPI_DIR}", f"-I{_UAPI_DIR / multiarch}", "-Wno-macro-redefined"]
     try:
-        return bcc, bcc.BPF(text=program_source(flow_entries, macros=macros).encode(), cflags=flags)
+        return bcc, bcc.BPF(text=source.encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
         raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
 
