@@ -146,7 +146,7 @@ def plain_costs(lab: Lab, seed: int) -> Floats:
     """What long flows and others cost by themselves, shape (2,): routes by hash, the default thresholds."""
     plain = replace(lab, thresholds=Lab.thresholds)
     flows = np.array([(tick.long, tick.short) for tick in ticks(plain, Ecmp(), seed)], np.float64)
-    costs: Floats = flows.sum(axis=0) * lab.tick_s
+    costs: Floats = np.maximum(flows.sum(axis=0), 1) * lab.tick_s  # to be divided by, also where there were none
     return costs
 
 

@@ -22,6 +22,7 @@ from central.lrla.reinforce import (
     advantages,
     gradient,
     multiplied,
+    plain_costs,
     returns,
     step,
     weights_of,
@@ -157,6 +158,12 @@ def test_a_limit_weighs_more_while_it_is_broken():
     assert multiplied(1.0, 100.0, 100.0, settings) == pytest.approx(np.exp(2 * 0.1))
     assert multiplied(1.0, 80.0, 100.0, settings) == pytest.approx(np.exp(-2 * 0.1))
     assert multiplied(1.0, 1e9, 100.0, settings) == pytest.approx(np.exp(2 * 0.25))  # one run turns only so much
+
+
+def test_what_flows_cost_by_themselves_can_be_divided_by():
+    nothing = plain_costs(Lab(cdf="datamining_vl2_bytes_trafficgenerator", traffic_s=0.02), 1)
+    assert nothing.tolist() == [0.01, 0.01]
+    assert (plain_costs(Lab(traffic_s=0.5), 1) > 1).all()
 
 
 @pytest.mark.parametrize("kind", [PolicyNetwork, PaperNetwork])
