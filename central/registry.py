@@ -246,7 +246,7 @@ class Registry:
                     link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
                     outcome=self._outcome(same_levels, in_force, now_s),
                     sample=tuple(known.sample),
-                    visible_bytes=statistics.median(host.hello.visible_bytes for host in same_levels),
+                    visible_bytes=statistics.median_low(host.hello.visible_bytes for host in same_levels),
                 )
 
     def on_trial(self, summary: GroupSummary, now_s: float) -> GroupSummary | None:
@@ -306,11 +306,11 @@ class Registry:
     def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
         """Finished flows in the window, and the distribution of the sizes of all."""
         finished = np.array([host.sizes.at(now_s) for host in hosts]).reshape(-1, BINS)
-        weights = influence(finished.sum(axis=1))
+        # One weight for both: running flows of a single host must not outweigh what all have finished.
+        weights = influence(finished.sum(axis=1) + [float(sum(host.running.values())) for host in hosts])
         joined = weights @ finished
         running = np.zeros(BINS)
-        most_running = influence(np.array([float(sum(host.running.values())) for host in hosts]))
-        for host, weight in zip(hosts, most_running, strict=True):
+        for host, weight in zip(hosts, weights, strict=True):
             for index, count in host.running.items():
                 running[index] += weight * count
         return float(joined.sum()), size_distribution(joined, running)
