@@ -102,7 +102,12 @@ class Central:
 
     def __init__(self, config: CentralConfig, link: CentralLink, control: ControlServer, workers: Workers) -> None:
         policy = config.policy
-        self.registry = Registry(policy.window_s, config.central.host_timeout_s, policy.shared_rate)
+        self.registry = Registry(
+            policy.window_s,
+            config.central.host_timeout_s,
+            policy.shared_rate,
+            turns=config.long_flows.scheme == "in-turn",
+        )
         self._enforcement = Enforcement(
             self.registry,
             link,
@@ -145,7 +150,6 @@ class Central:
                 self._loop(stop)
             finally:
                 self._plans.close()
-                self.steering.write_down()
                 notify.stopping()
 
     def handle(self, arrival: Arrival, now_s: float) -> None:

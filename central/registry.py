@@ -7,7 +7,7 @@ reports, and weighs in its group's estimates within bounds (`windows.py`).
 
 import math
 import statistics
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -94,8 +94,7 @@ class Group:
     name: str
     durations: ForgettingWindow
     sample: deque[FlowSummary] = field(default_factory=lambda: deque(maxlen=SAMPLE_FLOWS))  # finished short flows
-    sampled: int = SAMPLE_FLOWS  # at most so many of one host between two decisions, so that each has its part
-    given: Counter[str] = field(default_factory=Counter)  # how many each host gave since the last one
+    sampled: int = SAMPLE_FLOWS  # at most so many of one report, so that each host has its part
     in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
     on_trial: dict[int, OnTrial] = field(default_factory=dict)  # K -> policy of the hosts on trial
 
@@ -107,13 +106,15 @@ class Registry:
         window_s: how much of the past counts (exponential forgetting).
         host_timeout_s: silence after which a host is lost.
         shared_rate: bottleneck that the hosts of a group share, for example "10Gbit"; empty: each host's own link.
+        turns: long flows take turns, so the last level is for those that wait.
     """
 
-    def __init__(self, window_s: float, host_timeout_s: float, shared_rate: str = "") -> None:
+    def __init__(self, window_s: float, host_timeout_s: float, shared_rate: str = "", *, turns: bool = False) -> None:
         self.hosts: dict[str, Host] = {}
         self.groups: dict[str, Group] = {}
         self._window_s = window_s
         self._timeout_s = host_timeout_s
+        self._turns = turns
         self._shared_bps = parse_rate(shared_rate) if shared_rate else 0
 
     def hello(self, name: str, peer: bytes, hello: Hello, now_s: float) -> Host | None:
@@ -229,7 +230,6 @@ class Registry:
         for name, hosts in sorted(present.items()):
             known = self.groups[name]
             known.sampled = max(1, SAMPLE_FLOWS // len(hosts))
-            known.given.clear()
             flows, sizes = self._sizes(hosts, now_s)
             load = self.load(hosts)
             for levels in sorted({host.hello.levels for host in hosts}):
@@ -246,7 +246,8 @@ class Registry:
                     link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
                     outcome=self._outcome(same_levels, in_force, now_s),
                     sample=tuple(known.sample),
-                    visible_bytes=statistics.median_low(host.hello.visible_bytes for host in same_levels),
+                    visible_bytes=statistics.median(host.hello.visible_bytes for host in same_levels),
+                    turns=self._turns,
                 )
 
     def on_trial(self, summary: GroupSummary, now_s: float) -> GroupSummary | None:
@@ -293,9 +294,7 @@ class Registry:
         in_force = group.in_force.get(host.hello.levels)
         last_bytes = in_force.thresholds.bytes[-1] if in_force else math.inf
         short = [flow for flow in report.finished_sample if flow.size_bytes < last_bytes]
-        taken = short[: max(0, group.sampled - group.given[host.name])]
-        group.given[host.name] += len(taken)
-        group.sample.extend(taken)
+        group.sample.extend(short[: group.sampled])
 
     def _outcome(self, hosts: list[Host], policy: InForce | None, now_s: float) -> Outcome | None:
         """What came of a policy on those of these hosts that follow it; of whatever they have if there is none."""
@@ -306,11 +305,11 @@ class Registry:
     def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
         """Finished flows in the window, and the distribution of the sizes of all."""
         finished = np.array([host.sizes.at(now_s) for host in hosts]).reshape(-1, BINS)
-        # One weight for both: running flows of a single host must not outweigh what all have finished.
-        weights = influence(finished.sum(axis=1) + [float(sum(host.running.values())) for host in hosts])
+        weights = influence(finished.sum(axis=1))
         joined = weights @ finished
         running = np.zeros(BINS)
-        for host, weight in zip(hosts, weights, strict=True):
+        most_running = influence(np.array([float(sum(host.running.values())) for host in hosts]))
+        for host, weight in zip(hosts, most_running, strict=True):
             for index, count in host.running.items():
                 running[index] += weight * count
         return float(joined.sum()), size_distribution(joined, running)

@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     """How flows are ranked; see `rank`.
 
     `thresholds` are bytes, float64, shape (hosts, K-1), one row per sending host. `queue_bytes` stand in a queue that
-    several flows share.
+    several flows share. From level `turns` on flows are served one at a time, in order of arrival.
     """
 
     order: int
@@ -38,6 +38,7 @@ class Rule(NamedTuple):
     thresholds: Floats
     buffer_bytes: float
     queue_bytes: float
+    turns: int
 
 
 class Arrivals(NamedTuple):

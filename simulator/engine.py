@@ -289,12 +289,13 @@ def simulate(
 
 def _rule(scheme: Scheme, hosts: int) -> Rule:
     rows = np.repeat(np.array(scheme.thresholds, np.float64).reshape(1, -1), hosts, axis=0)
-    return Rule(scheme.order, scheme.basis, rows, float(scheme.send_buffer_bytes), float(scheme.queue_bytes))
+    turns = scheme.levels - 1 if scheme.turns else scheme.levels
+    return Rule(scheme.order, scheme.basis, rows, float(scheme.send_buffer_bytes), float(scheme.queue_bytes), turns)
 
 
 def _on_fabric(scheme: Scheme) -> Scheme:
     """The scheme as the fabric kernel can run it: sharing inside levels, at most 64 of them."""
-    if scheme.order == FIRST_COME:
+    if scheme.order == FIRST_COME or scheme.turns:
         raise UsageError(f"{scheme.name} needs one bottleneck: all flows to one receiver")
     if scheme.order == SHORTEST:
         return replace(scheme, basis=REMAINING, order=SHARED, thresholds=fine_thresholds())

@@ -38,6 +38,7 @@ class Scheme:
         thresholds: ascending bytes between the levels; empty for one level.
         send_buffer_bytes: how much of its backlog a flow shows (BACKLOG and WRITTEN).
         queue_bytes: what stands in a queue that several flows share.
+        turns: flows of the last level are served one at a time, the oldest first (SHARED only; one bottleneck only).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Scheme:
     thresholds: tuple[float, ...] = ()
     send_buffer_bytes: float = 0.0
     queue_bytes: float = MARKING_BYTES
+    turns: bool = False
 
     def __post_init__(self) -> None:
         whole = all(float(t).is_integer() for t in (*self.thresholds, self.send_buffer_bytes))

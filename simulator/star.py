@@ -135,6 +135,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
     level, fixed, peers, host = s.level, s.fixed, s.peers, s.host
     heap, clock, owed, population, counters = s.heap, s.clock, s.owed, s.population, s.counters
     order, basis, thresholds, buffer_bytes = rule.order, rule.basis, rule.thresholds, rule.buffer_bytes
+    shared = rule.turns if order == SHARED else 0  # levels before it share, later ones serve one flow at a time
     start, arriving, last, room = arrivals.start, arrivals.size, len(arrivals.start), len(out.flow)
     now, n, i, events = s.now[0], counters[ACTIVE], counters[NEXT], counters[EVENTS]
     free_n, out_n, peak = counters[FREE], counters[OUT], counters[PEAK]
@@ -148,8 +149,8 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         slot = -1
         if n > 0:
             slot = heap[0]
-            if order == SHARED:
-                k = level[slot]
+            k = level[slot]
+            if k < shared:
                 boundary_at = now + max(tag[slot] - clock[k], 0.0) * population[k] / rate
             else:
                 boundary_at = now + (remaining[slot] - boundary[slot]) / rate
@@ -158,7 +159,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         events += 1
         if boundary_at <= next_arrival:  # the top flow ends or changes its level
             k = level[slot]
-            if order == SHARED:
+            if k < shared:
                 clock[k] = tag[slot]
                 owed[k] -= tag[slot] + boundary[slot]
             now = boundary_at
@@ -189,7 +190,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
                 break
             if n > 0:  # time passes for the flows in service
                 sent = rate * (next_arrival - now)
-                if order == SHARED:
+                if level[slot] < shared:
                     clock[level[slot]] += sent / population[level[slot]]
                 else:
                     remaining[slot] = max(remaining[slot] - sent, boundary[slot])
@@ -209,12 +210,12 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         else:
             k, bound = place(basis, thresholds[host[slot]], buffer_bytes, size[slot], remaining[slot])
         level[slot], boundary[slot] = k, max(bound, 0.0)
-        if order == SHARED:  # one at a time, nobody else's packets stand in the queue
+        if k < shared:  # one at a time, nobody else's packets stand in the queue
             peers[slot] = max(peers[slot], population[k])
             to_send = owed[k] - population[k] * clock[k]
             s.queued[slot] = max(s.queued[slot], standing(rule.queue_bytes, population[k], to_send))
         population[k] += 1
-        if order == SHARED:
+        if k < shared:
             tag[slot] = clock[k] + (remaining[slot] - boundary[slot])
             owed[k] += tag[slot] + boundary[slot]
         elif order == SHORTEST:
@@ -234,7 +235,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
         if n > 0:
             slot = heap[0]
             sent = rate * (until - now)
-            if order == SHARED:
+            if level[slot] < shared:
                 clock[level[slot]] += sent / population[level[slot]]
             else:
                 remaining[slot] = max(remaining[slot] - sent, boundary[slot])
@@ -248,9 +249,10 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
 @compiled
 def settle(s: Star, rule: Rule) -> None:
     """Write into `remaining` what every active flow still has to send at this moment."""
-    if rule.order == SHARED:
-        for i in range(s.counters[ACTIVE]):
-            slot = s.heap[i]
+    shared = rule.turns if rule.order == SHARED else 0
+    for i in range(s.counters[ACTIVE]):
+        slot = s.heap[i]
+        if s.level[slot] < shared:
             left = s.boundary[slot] + max(s.tag[slot] - s.clock[s.level[slot]], 0.0)
             s.remaining[slot] = min(left, s.size[slot])
 
@@ -262,6 +264,7 @@ def rank_all(s: Star, rule: Rule) -> None:
     Call `settle` with the old rule first.
     """
     n = s.counters[ACTIVE]
+    shared = rule.turns if rule.order == SHARED else 0
     s.clock[:] = 0.0
     s.owed[:] = 0.0
     s.population[:] = 0
@@ -274,7 +277,7 @@ def rank_all(s: Star, rule: Rule) -> None:
             k, bound = place(rule.basis, row, rule.buffer_bytes, s.size[slot], s.remaining[slot])
         s.level[slot], s.boundary[slot] = k, max(bound, 0.0)
         s.population[k] += 1
-        if rule.order == SHARED:
+        if k < shared:
             s.tag[slot] = s.remaining[slot] - s.boundary[slot]
             s.owed[k] += s.remaining[slot]
         elif rule.order == SHORTEST:

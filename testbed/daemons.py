@@ -65,6 +65,7 @@ class Daemons:
         hints: applications in the hosts' cgroups may say how large their messages are.
         roles: of hosts by name, where they differ; `thresholds` is for the others.
         policy: more of central's `[policy]`.
+        long_flows: central's `[long_flows]`.
         report_s: how often agents report.
         alone: there is no central, agents keep what they begin with.
     """
@@ -80,6 +81,7 @@ class Daemons:
     hints: bool = False
     roles: Mapping[str, Role] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    long_flows: Mapping[str, Any] = field(default_factory=dict)
     report_s: float = 1.0
     alone: bool = False
     central: Program | None = None
@@ -144,6 +146,7 @@ class Daemons:
                 "shared_rate": f"{self.rate_bps}bit",
                 **self.policy,
             },
+            long_flows=self.long_flows,
         )
         self.central = self._daemon("central", self.star.controller, ["central", "run", "--config", str(config)])
 

@@ -15,6 +15,7 @@ import numpy as np
 from central.lrla.flow_set import LongFlowScheme
 from central.lrla.synthetic import random_flows
 from central.lrla.table import FlowTable, HostFlows
+from central.lrla.turns import InTurn
 from fabricpilot.config import LongFlowsSection
 from fabricpilot.wire import MAX_VERDICTS, Verdicts, encode
 
@@ -41,16 +42,17 @@ def scheme_of(section: LongFlowsSection) -> LongFlowScheme:
     """The scheme that `[long_flows]` names.
 
     Raises:
-        UsageError: weights that cannot be read, or that choose rates.
+        UsageError: weights that cannot be read.
     """
+    if section.scheme == "in-turn":
+        return InTurn(section.turn_bytes)
     if section.scheme != "learned":
         from central.lrla.rules import RULES
 
         return RULES[section.scheme]
     from central.lrla.learned import LearnedScheme
-    from central.lrla.weights import SHIPPED, deployable
 
-    return LearnedScheme(deployable(Path(section.weights or SHIPPED)))
+    return LearnedScheme.load(Path(section.weights) if section.weights else None)
 
 
 class Scheduler:
@@ -72,6 +74,9 @@ class Scheduler:
             self._table.update(told, asked.now_s)
         self._table.expire(asked.now_s)
         due = self._table.due(asked.now_s)
+        if isinstance(self._scheme, InTurn) and asked.told:  # who goes on and who ended decide about the others
+            flows, rows = self._table.flow_set()
+            due = np.union1d(due, rows[self._scheme.changed(flows)])
         frames: list[tuple[str, bytes]] = []
         inference_ms = 0.0
         if len(due):

@@ -56,6 +56,7 @@ class GroupSummary:
         sample: the latest finished short flows, at most `SAMPLE_FLOWS`, oldest first.
         visible_bytes: what hosts' ranking sees of a flow beyond the bytes it has sent (the send buffer); 0: they rank
             by bytes sent alone. Of the median host.
+        turns: flows of the last level are served one at a time (`long_flows.scheme = "in-turn"`).
     """
 
     group: str
@@ -69,6 +70,7 @@ class GroupSummary:
     outcome: Outcome | None = None
     sample: tuple[FlowSummary, ...] = ()
     visible_bytes: float = 0.0
+    turns: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ class OptimiserPolicy:
             return Decision(None, f"the link is full (load {MOST_LOAD:g} or more), so what is reported says little")
         sizes = SizeDistribution.from_histogram(summary.sizes, summary.group)
         load, visible = usable_load(summary.load), summary.visible_bytes
-        best = optimise(sizes, load, summary.levels, self.objective, visible_bytes=visible)
+        best = optimise(sizes, load, summary.levels, self.objective, visible_bytes=visible, turns=summary.turns)
         basis = f"{summary.flows:.0f} flows at load {load:.2f}"
         if not settled or summary.thresholds is None:
             return Decision(best.thresholds, f"first for {basis}")
-        now = evaluate(sizes, load, summary.thresholds, self.objective, visible_bytes=visible)
+        now = evaluate(sizes, load, summary.thresholds, self.objective, visible_bytes=visible, turns=summary.turns)
         gain = 1 - best.mean / now
         if gain < self.min_gain:
             return Decision(None, f"{gain:.1%} to gain for {basis}, {self.min_gain:.1%} are worth a change", gain)

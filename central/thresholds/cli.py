@@ -53,6 +53,7 @@ Examples:
 @click.option(
     "--send-buffer", default="4MB", show_default=True, metavar="BYTES", help="backlog: what it shows at most."
 )
+@click.option("--turns", is_flag=True, help="exact: long flows take turns (long_flows.scheme = in-turn).")
 @click.option(
     "--base-bytes",
     default=0.0,
@@ -77,6 +78,7 @@ def thresholds(
     objective: str,
     ranking: str,
     send_buffer: str,
+    turns: bool,
     base_bytes: float,
     link_rate: str | None,
     flows: int,
@@ -95,7 +97,7 @@ def thresholds(
     sizes = SizeDistribution.load(cdf)
     rate_bps = None if link_rate is None else float(parse_rate(link_rate))
     visible = visible_bytes(ranking, parse_size(send_buffer))
-    ask = Question(sizes, load, queues, objective, base_bytes, flows, evaluations, seed, rate_bps, visible)
+    ask = Question(sizes, load, queues, objective, base_bytes, flows, evaluations, seed, rate_bps, visible, turns)
     optima = side_by_side(ask) if method == "all" else [answer(method, ask)]
     if plot is not None:
         from central.thresholds.plot import draw

@@ -6,6 +6,10 @@ logarithmic grid of sizes finds the best thresholds of the whole grid, without s
 the same on ever finer grids around the thresholds found brings them to about 1 % of a size, where the optimum is
 flat. Fewer levels than K may be best (sizes that hardly differ): the thresholds left over then lie beyond the largest
 size and do nothing.
+
+Where long flows take turns (`central/lrla/turns.py`), the last level is for those that wait and the one before it for
+the flow whose turn it is, so no threshold leads there: the last two are a byte apart. Turns are left out, by a last
+threshold beyond the largest size, where sharing is better (sizes that differ by much more than their mean).
 """
 
 import time
@@ -16,7 +20,15 @@ import numpy.typing as npt
 
 from central.thresholds.grid import best_path
 from central.thresholds.integrals import SizeIntegrals, Weight
-from central.thresholds.mlps import Criterion, Link, first_level_cost, level_costs, response_in_levels
+from central.thresholds.mlps import (
+    Criterion,
+    Link,
+    first_level_cost,
+    last_level_in_turns,
+    level_costs,
+    response_in_levels,
+    turns_cost,
+)
 from central.thresholds.optimum import Optimum, ascending, check_load, check_objective
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds, check_levels
@@ -31,6 +43,7 @@ _ZOOM_ROUNDS = 3  # each three times finer
 _ZOOM_CELLS = 32
 _ROUNDING = 1e-9  # bounds nearer to each other are one
 _LEAST_RATIO = 1.25  # between thresholds: closer ones are worth nothing and make a level nobody is in
+LEAST_LEVELS = 3  # for turns: one for short flows, one for the flow whose turn it is, one for those that wait
 _FINAL_CELLS = 48  # and twice as many, extrapolated: about 1e-6
 
 
@@ -42,6 +55,7 @@ def optimise(
     *,
     base_bytes: float = 0.0,
     visible_bytes: float = 0.0,
+    turns: bool = False,
 ) -> Optimum:
     """The best thresholds for K levels.
 
@@ -54,15 +68,17 @@ def optimise(
             part of both times of a slowdown. With 0 it is the model's own, T(x)/x.
         visible_bytes: what a level sees of a flow beyond the bytes it has sent: 0 where it ranks by bytes sent, the
             send buffer where it counts bytes written, infinite where it ranks by size.
+        turns: flows of the last level are served one at a time; takes 3 levels or more, with 2 it changes nothing.
 
     Raises:
         UsageError: load, levels, objective, base or visible bytes out of range.
     """
     check_levels(levels)
-    problem = _Problem.of(sizes, load, objective, base_bytes, visible_bytes)
+    problem = _Problem.of(sizes, load, objective, base_bytes, visible_bytes, turns and levels >= LEAST_LEVELS)
     start = time.perf_counter()
-    chosen = problem.zoom(problem.best_on_grid(levels))
-    thresholds = _fill(chosen * problem.sizes.unit_bytes + problem.step_bytes, levels, sizes.max_bytes)
+    chosen = problem.zoom(problem.best_on_grid(levels - problem.turns))
+    waiting = problem.turns and len(chosen) > 0 and problem.takes_turns(chosen[-1:])[0]
+    thresholds = _fill(chosen * problem.sizes.unit_bytes + problem.step_bytes, levels, sizes.max_bytes, bool(waiting))
     return Optimum(
         thresholds,
         problem.value(thresholds),
@@ -72,6 +88,7 @@ def optimise(
         load,
         time.perf_counter() - start,
         visible_bytes=visible_bytes,
+        turns=problem.turns,
     )
 
 
@@ -83,9 +100,11 @@ def evaluate(
     *,
     base_bytes: float = 0.0,
     visible_bytes: float = 0.0,
+    turns: bool = False,
 ) -> float:
     """Value of the objective under `thresholds` (None: one level, processor sharing); arguments as in `optimise`."""
-    return _Problem.of(sizes, load, objective, base_bytes, visible_bytes).value(thresholds)
+    turns = turns and thresholds is not None and thresholds.levels >= LEAST_LEVELS
+    return _Problem.of(sizes, load, objective, base_bytes, visible_bytes, turns).value(thresholds)
 
 
 def response_times(
@@ -94,13 +113,15 @@ def response_times(
     thresholds: Thresholds,
     at_bytes: npt.ArrayLike,
     visible_bytes: float = 0.0,
+    turns: bool = False,
 ) -> Floats:
     """T(x): mean response time of a flow of each size, in bytes the link sends meanwhile; shape of `at_bytes`.
 
     Raises:
         UsageError: load out of range, or a size that is not above 0 or beyond the largest.
     """
-    problem = _Problem.of(sizes, load, "fct", 0.0, visible_bytes)
+    turns = turns and thresholds.levels >= LEAST_LEVELS
+    problem = _Problem.of(sizes, load, "fct", 0.0, visible_bytes, turns)
     integrals, link = problem.sizes, problem.link
     x = np.asarray(at_bytes, np.float64) / integrals.unit_bytes
     if x.size and (x.min() <= 0 or x.max() > integrals.largest * (1 + 1e-12)):
@@ -114,6 +135,9 @@ def response_times(
         for level in range(len(bounds)):
             inside = np.interp(x, curve.edges[level], curve.at[level])
             result = np.where((x > bounds[level]) & (x <= upper[level]), inside, result)
+        if problem.waits(thresholds):
+            constant, slope = last_level_in_turns(link, bounds[-1:])
+            result = np.where(x > bounds[-1], constant + slope * x, result)
     return result * integrals.unit_bytes
 
 
@@ -124,10 +148,17 @@ class _Problem:
     link: Link
     criterion: Criterion
     objective: str
+    turns: bool
 
     @classmethod
     def of(
-        cls, sizes: SizeDistribution, load: float, objective: str, base_bytes: float, visible_bytes: float
+        cls,
+        sizes: SizeDistribution,
+        load: float,
+        objective: str,
+        base_bytes: float,
+        visible_bytes: float,
+        turns: bool,
     ) -> "_Problem":
         check_load(load)
         check_objective(objective)
@@ -138,7 +169,7 @@ class _Problem:
         integrals = SizeIntegrals(sizes)
         order, power = {"fct": (0, 1), "slowdown": (1, 1), "tail": (2, 2)}[objective]
         criterion = Criterion(Weight(order, base_bytes / integrals.unit_bytes), power)
-        return cls(Link(integrals, load, visible_bytes / integrals.unit_bytes), criterion, objective)
+        return cls(Link(integrals, load, visible_bytes / integrals.unit_bytes), criterion, objective, turns)
 
     @property
     def sizes(self) -> SizeIntegrals:
@@ -154,15 +185,35 @@ class _Problem:
 
     def bounds(self, thresholds: Thresholds | None) -> Floats:
         """The levels' bounds that some flow is beyond, in units of the mean size."""
-        given = np.array(thresholds.bytes if thresholds else (), np.float64) - self.step_bytes
+        given = np.array(thresholds.bytes if thresholds else (), np.float64)
+        given = given[np.append(np.diff(given) > 1, True)] - self.step_bytes if len(given) else given
         given = given[given > 0] / self.sizes.unit_bytes
         return given[given < self.sizes.largest]
 
+    def waits(self, thresholds: Thresholds | None) -> bool:
+        """Whether some flow gets to the last level, and flows there take turns."""
+        return self.turns and thresholds is not None and thresholds.bytes[-1] < self.sizes.largest_bytes
+
+    def costs(self, lower: Floats, upper: Floats, cells: int) -> Floats:
+        """`level_costs`; of a level that ends with the largest size, those with turns if that is less."""
+        cost = level_costs(self.link, lower, upper, self.criterion, cells)
+        if self.turns:
+            last = upper >= self.sizes.largest
+            cost[last] = np.minimum(cost[last], turns_cost(self.link, lower[last], self.criterion))
+        return cost
+
+    def takes_turns(self, lower: Floats) -> npt.NDArray[np.bool_]:
+        """Whether that was so, for last levels from `lower`."""
+        upper = np.full_like(lower, self.sizes.largest)
+        shared = level_costs(self.link, lower, upper, self.criterion, _FINAL_CELLS)
+        better: npt.NDArray[np.bool_] = turns_cost(self.link, lower, self.criterion) < shared
+        return better
+
     def value(self, thresholds: Thresholds | None) -> float:
         """The objective in its public unit."""
-        bounds = self.bounds(thresholds)
+        bounds, waits = self.bounds(thresholds), self.waits(thresholds)
         # The cells' error falls with their square: two resolutions cancel its first term.
-        coarse, fine = self._total(bounds, _FINAL_CELLS), self._total(bounds, 2 * _FINAL_CELLS)
+        coarse, fine = (self._total(bounds, cells, waits) for cells in (_FINAL_CELLS, 2 * _FINAL_CELLS))
         total = (4 * fine - coarse) / 3
         return float({"fct": total * self.sizes.unit_bytes, "slowdown": total, "tail": np.sqrt(total)}[self.objective])
 
@@ -173,7 +224,7 @@ class _Problem:
         apart = (grid[upper] >= grid[lower] * _LEAST_RATIO) | (upper == _GRID - 1)
         lower, upper = lower[apart], upper[apart]
         between = np.full((_GRID, _GRID), np.inf)
-        between[lower, upper] = level_costs(self.link, grid[lower], grid[upper], self.criterion, _GRID_CELLS)
+        between[lower, upper] = self.costs(grid[lower], grid[upper], _GRID_CELLS)
         best = first_level_cost(self.link, grid, self.criterion)  # of levels up to each grid size
         return grid[best_path(best, between, levels)]
 
@@ -196,7 +247,7 @@ class _Problem:
         empty = ~valid[-1, :, 0]  # a last threshold at the largest size
         valid[-1, :, 1:] = False  # the last level has one upper bound
         cost = np.full((count, n, n), np.inf)
-        cost[valid] = level_costs(self.link, lower[valid], upper[valid], self.criterion, _ZOOM_CELLS)
+        cost[valid] = self.costs(lower[valid], upper[valid], _ZOOM_CELLS)
         cost[-1, empty, 0] = 0.0
         best = first_level_cost(self.link, candidates[0], self.criterion)
         came_from = []
@@ -210,19 +261,27 @@ class _Problem:
             chosen.append(candidates[level, at])
         return np.array(chosen[::-1])
 
-    def _total(self, bounds: Floats, cells: int) -> float:
-        """The criterion for these bounds, all below the largest size."""
+    def _total(self, bounds: Floats, cells: int, waits: bool) -> float:
+        """The criterion for these bounds, all below the largest size; `waits`: with turns in the last level."""
         first = bounds[:1] if len(bounds) else np.array([self.sizes.largest])
         total = first_level_cost(self.link, first, self.criterion)[0]
         if len(bounds):
-            upper = np.append(bounds[1:], self.sizes.largest)
-            total += level_costs(self.link, bounds, upper, self.criterion, cells).sum()
+            lower, upper = bounds, np.append(bounds[1:], self.sizes.largest)
+            if waits:
+                total += turns_cost(self.link, bounds[-1:], self.criterion)[0]
+                lower, upper = lower[:-1], upper[:-1]
+            total += level_costs(self.link, lower, upper, self.criterion, cells).sum()
         return float(total)
 
 
-def _fill(chosen_bytes: Floats, levels: int, largest_bytes: float) -> Thresholds:
-    """Exactly K-1 thresholds: those chosen, then ones beyond the largest size, doubling."""
+def _fill(chosen_bytes: Floats, levels: int, largest_bytes: float, waiting: bool) -> Thresholds:
+    """Exactly K-1 thresholds: those chosen, then ones beyond the largest size, doubling.
+
+    With flows that wait for their turn, ones a byte apart from the last chosen instead: beyond it is the last level.
+    """
     values = list(chosen_bytes)
     beyond = max(largest_bytes, *values, 1.0) if values else max(largest_bytes, 1.0)
     missing = levels - 1 - len(values)
+    if waiting:
+        return ascending(values + [values[-1]] * missing)
     return ascending(values + [beyond * 2**step for step in range(missing)])

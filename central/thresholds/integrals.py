@@ -59,6 +59,11 @@ class SizeIntegrals:
         return float(self.points[-1])
 
     @property
+    def largest_bytes(self) -> float:
+        """The same in bytes."""
+        return self.largest * self.unit_bytes
+
+    @property
     def smallest(self) -> float:
         """Infimum of the sizes that occur; 0 where they go down to 0."""
         reached = int(np.argmax(self._survival < 1.0))

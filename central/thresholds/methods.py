@@ -23,8 +23,8 @@ METHODS = {
 class Question:
     """What thresholds are asked for: arguments as in `exact.optimise`, and for the search its simulations.
 
-    `visible_bytes` is how levels rank (`optimum.visible_bytes`). `link_rate_bps` None searches the fluid alone, a rate
-    the simulator with its physics.
+    `visible_bytes` is how levels rank (`optimum.visible_bytes`). `turns`: flows of the last level are served one at a
+    time (`exact` alone). `link_rate_bps` None searches the fluid alone, a rate the simulator with its physics.
     """
 
     sizes: SizeDistribution
@@ -37,6 +37,7 @@ class Question:
     seed: int = 1
     link_rate_bps: float | None = None
     visible_bytes: float = 0.0
+    turns: bool = False
 
     def __post_init__(self) -> None:
         check_load(self.load)
@@ -48,10 +49,13 @@ def answer(method: str, ask: Question) -> Optimum:
     """The thresholds of one method.
 
     Raises:
-        UsageError: unknown method, arguments out of range, or (published) nothing was published for them.
+        UsageError: unknown method, arguments out of range, one that knows no turns, or (published) nothing was
+            published for them.
     """
     if method not in METHODS:
         raise UsageError(f"method '{method}' is unknown; choose one of {', '.join(METHODS)}")
+    if ask.turns and method != "exact":
+        raise UsageError(f"method '{method}' knows no flows in turn; leave the turns out or use exact")
     if method == "search":
         from central.thresholds import simulated  # compiles: only where it is asked for
 
@@ -69,15 +73,12 @@ def answer(method: str, ask: Question) -> Optimum:
         )
     if method == "published":
         return _published(ask)
-    optimise = {"exact": exact.optimise, "mm1": mm1.optimise, "equal-split": equal_split.optimise}[method]
-    return optimise(
-        ask.sizes,
-        ask.load,
-        ask.levels,
-        ask.objective,
-        base_bytes=ask.base_bytes,
-        visible_bytes=ask.visible_bytes,
-    )
+    asked = ask.sizes, ask.load, ask.levels, ask.objective
+    base, visible = ask.base_bytes, ask.visible_bytes
+    if method == "exact":
+        return exact.optimise(*asked, base_bytes=base, visible_bytes=visible, turns=ask.turns)
+    optimise = {"mm1": mm1.optimise, "equal-split": equal_split.optimise}[method]
+    return optimise(*asked, base_bytes=base, visible_bytes=visible)
 
 
 def side_by_side(ask: Question) -> list[Optimum]:

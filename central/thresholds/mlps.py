@@ -122,6 +122,23 @@ def level_costs(link: Link, lower: Floats, upper: Floats, criterion: Criterion, 
     return cost
 
 
+def last_level_in_turns(link: Link, lower: Floats) -> tuple[Floats, Floats]:
+    """Constant and slope of T(x) for sizes x beyond `lower` whose flows are served one at a time, the oldest first.
+
+    A flow waits for all that came before it, W of all flows, and what comes later overtakes it in the levels before
+    only (Kleinrock, section 4.7, first come first served): T(x) = (W + x) / (1 - rho(a)). Shapes of `lower`.
+    """
+    idle = link.idle(lower)
+    return link.wait(np.array(link.sizes.largest)) / idle, 1 / idle
+
+
+def turns_cost(link: Link, lower: Floats, criterion: Criterion) -> Floats:
+    """What the flows beyond `lower` add to the criterion where these take turns; shape of `lower`."""
+    constant, slope = last_level_in_turns(link, lower)
+    moments = list(link.sizes.moments_beyond(lower, criterion.weight))
+    return _expand(constant + criterion.weight.base, slope, moments, criterion)
+
+
 @dataclass(frozen=True, eq=False)
 class LevelResponse:
     """T(x) inside n levels, piecewise linear over their cells.

@@ -37,6 +37,7 @@ class Optimum:
         seconds: time the optimiser took.
         note: what a reader must know of this result; empty if nothing.
         visible_bytes: what a level sees of a flow beyond the bytes it has sent, as in `visible_bytes`.
+        turns: flows of the last level are served one at a time.
     """
 
     thresholds: Thresholds
@@ -48,6 +49,7 @@ class Optimum:
     seconds: float
     note: str = ""
     visible_bytes: float = 0.0
+    turns: bool = False
 
     @property
     def gain(self) -> float:

@@ -23,8 +23,8 @@ def draw(path: Path, sizes: SizeDistribution, optima: list[Optimum]) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for number, optimum in enumerate(optima):
-        slowdown = response_times(sizes, optimum.load, optimum.thresholds, x, optimum.visible_bytes) / x
-        axes.plot(x, slowdown, color=f"C{number}", label=f"{optimum.method}, {optimum.thresholds.levels} levels")
+        times = response_times(sizes, optimum.load, optimum.thresholds, x, optimum.visible_bytes, optimum.turns)
+        axes.plot(x, times / x, color=f"C{number}", label=f"{optimum.method}, {optimum.thresholds.levels} levels")
         for threshold in optimum.thresholds.bytes:
             if x[0] <= threshold < sizes.max_bytes:
                 axes.axvline(threshold, color=f"C{number}", lw=0.6, alpha=0.5)

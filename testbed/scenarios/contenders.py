@@ -5,7 +5,7 @@ tables and pictures.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Contender:
         ranking: how flows of a group are ranked, with K levels.
         policy: makes what decides on thresholds while the scenario runs; None: they stay.
         on_testbed: the scheme of `central.policy.schemes` that ports and agents of a real network run for it.
+        turns: long flows, those of the last level, take turns.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contender:
     ranking: Callable[[PortGroup, int], Scheme]
     policy: Callable[[], ThresholdPolicy] | None = None
     on_testbed: str = "mlfq"
+    turns: bool = False
 
 
 def _simple(name: str) -> Callable[[PortGroup, int], Scheme]:
@@ -68,6 +70,10 @@ def _equal_split(group: PortGroup, levels: int) -> Thresholds:
 
 def _default(group: PortGroup, levels: int) -> Thresholds:
     return default_thresholds(levels)
+
+
+def _in_turn(group: PortGroup, levels: int) -> Scheme:
+    return replace(scheme("written", thresholds=default_thresholds(levels)), turns=True)
 
 
 def _deciding(name: str) -> Callable[[], ThresholdPolicy]:
@@ -118,11 +124,19 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender("auto", "AuTO as published: 700 features", _fixed("mlfq", _default), _deciding("auto"), "auto"),
         Contender(
-            "fabricpilot",
-            "as shipped: the optimiser, levels by bytes written",
+            "fabricpilot-levels",
+            "the optimiser, levels by bytes written",
             _fixed("written", _default),
             _deciding("fabricpilot"),
             "fabricpilot",
+        ),
+        Contender(
+            "fabricpilot",
+            "the optimiser, levels by bytes written, long flows in turn",
+            _in_turn,
+            _deciding("fabricpilot"),
+            "fabricpilot",
+            turns=True,
         ),
         Contender(
             "srpt", "shortest remaining size first: knows everything, the bound", _simple("srpt"), on_testbed="srpt"

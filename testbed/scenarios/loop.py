@@ -83,7 +83,7 @@ class _Controller:
         self.changes = 0
         self._policy: ThresholdPolicy = run.contender.policy()
         self._interval_s = run.scenario.interval_s
-        self._registry = Registry(_WINDOWS * self._interval_s, float("inf"))
+        self._registry = Registry(_WINDOWS * self._interval_s, float("inf"), turns=run.contender.turns)
         self._groups: dict[str, list[Cell]] = {}
         for cell in cells:
             hello = cell.hello(run.levels)

@@ -163,6 +163,7 @@ def _daemons(star: Star, contender: Contender, programs: Programs) -> Daemons:
         hints=contender.on_testbed == "qsjf",
         roles=roles,
         policy={"window_s": _WINDOWS * here.interval_s, "min_flows": _MIN_FLOWS},
+        long_flows={"scheme": "in-turn"} if contender.turns else {},
         report_s=max(_LEAST_REPORT_S, min(1.0, here.interval_s / 2)),
         alone=contender.policy is None,
     )

@@ -114,7 +114,6 @@ def descend(walk: Walk, deadline: Deadline) -> None:
         if found is None:
             return
         walk.go(*found)
-        deadline.board.sketch(walk.steps)
 
 
 def best_move(walk: Walk, least: float | None = None) -> tuple[int, int] | None:

@@ -123,3 +123,12 @@ def test_list_names_all():
     found = json.loads(CliRunner().invoke(command, ["list", "--json"]).output)
     assert set(found["scenarios"]) == set(SCENARIOS)
     assert set(found["schemes"]) == set(CONTENDERS)
+
+
+def test_long_flows_in_turn_shorten_the_mean_and_the_tail():
+    what = replace(SHORT, groups=(PortGroup("web", 2, (Hour(WEB_SEARCH, 0.8),)),), hour_s=100.0)
+    levels, turns, fair = (
+        run(name, what=what).hours[0].fct_s for name in ("fabricpilot-levels", "fabricpilot", "fair")
+    )
+    assert turns.mean() < 0.95 * levels.mean() < 0.9 * fair.mean()
+    assert np.quantile(turns, 0.99) < np.quantile(fair, 0.99)
