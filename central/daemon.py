@@ -150,6 +150,7 @@ class Central:
                 self._loop(stop)
             finally:
                 self._plans.close()
+                self.steering.write_down()
                 notify.stopping()
 
     def handle(self, arrival: Arrival, now_s: float) -> None:

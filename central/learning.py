@@ -18,6 +18,7 @@ from typing import cast
 
 from central.durable import replace_file
 from central.policy.base import GroupSummary, Learner, LearnStats
+from central.turns import Turns
 from fabricpilot.config import PolicySection
 from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
@@ -81,17 +82,15 @@ class Learning:
         self._stats: LearnStats | None = None
         self._failures = 0
         self._saved_s: float | None = None
+        self._lessons = Turns(self._learn, lambda _: None)
+        self._proposing = Turns(self._propose, lambda _: Proposal(None, "waits for its turn: there are many groups"))
         if self._path is not None and self._path.exists():
             self._restore(self._path)
 
     def answer(self, asked: Lesson) -> Learned:
-        """Learn from all that was observed, then propose."""
-        for summary in asked.observed:
-            try:
-                self._stats = self._learner.learn(summary)
-            except Exception:
-                self._failed("learn", summary)
-        proposals = tuple(self._propose(summary) for summary in asked.asked)
+        """Learn from what was observed, then propose; of very many groups, for some."""
+        self._lessons.answer(asked.observed)
+        proposals = tuple(self._proposing.answer(asked.asked))
         if asked.observed and (self._saved_s is None or time.monotonic() - self._saved_s >= CHECKPOINT_S):
             self._save()
         age_s = None if self._saved_s is None else time.monotonic() - self._saved_s
@@ -101,6 +100,12 @@ class Learning:
         """Write the last checkpoint."""
         if self._stats is not None:
             self._save()
+
+    def _learn(self, summary: GroupSummary) -> None:
+        try:
+            self._stats = self._learner.learn(summary)
+        except Exception:
+            self._failed("learn", summary)
 
     def _propose(self, summary: GroupSummary) -> Proposal:
         try:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from central.lrla.process import Answer, Round, Scheduler
 from central.lrla.table import HostFlows
+from central.lrla.weights import deployable
 from central.planner.announced import Announced
 from central.registry import Host
 from central.worker import Worker
@@ -32,12 +33,16 @@ def start_scheduler(section: LongFlowsSection) -> SchedulerWorker | None:
     """The process; None if nobody is to schedule long flows.
 
     Raises:
-        UsageError: there are no such weights; told here rather than by a process that dies.
+        UsageError: there are no such weights, or they are not for a running central; told here rather than by a process
+            that dies.
     """
     if section.scheme == "off":
         return None
-    if section.weights and not Path(section.weights).is_file():
-        raise UsageError(f"long_flows.weights = '{section.weights}': there is no such file")
+    if section.weights:
+        try:
+            deployable(Path(section.weights))
+        except UsageError as error:
+            raise UsageError(f"long_flows.weights: {error}") from None
     return SchedulerWorker("long-flow", partial(Scheduler, section))
 
 

@@ -7,7 +7,7 @@ reports, and weighs in its group's estimates within bounds (`windows.py`).
 
 import math
 import statistics
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -94,7 +94,8 @@ class Group:
     name: str
     durations: ForgettingWindow
     sample: deque[FlowSummary] = field(default_factory=lambda: deque(maxlen=SAMPLE_FLOWS))  # finished short flows
-    sampled: int = SAMPLE_FLOWS  # at most so many of one report, so that each host has its part
+    sampled: int = SAMPLE_FLOWS  # at most so many of one host between two decisions, so that each has its part
+    given: Counter[str] = field(default_factory=Counter)  # how many each host gave since the last one
     in_force: dict[int, InForce] = field(default_factory=dict)  # K -> policy
     on_trial: dict[int, OnTrial] = field(default_factory=dict)  # K -> policy of the hosts on trial
 
@@ -230,6 +231,7 @@ class Registry:
         for name, hosts in sorted(present.items()):
             known = self.groups[name]
             known.sampled = max(1, SAMPLE_FLOWS // len(hosts))
+            known.given.clear()
             flows, sizes = self._sizes(hosts, now_s)
             load = self.load(hosts)
             for levels in sorted({host.hello.levels for host in hosts}):
@@ -246,7 +248,7 @@ class Registry:
                     link_rate_bps=statistics.median(map(self._rate_bps, hosts)),
                     outcome=self._outcome(same_levels, in_force, now_s),
                     sample=tuple(known.sample),
-                    visible_bytes=statistics.median(host.hello.visible_bytes for host in same_levels),
+                    visible_bytes=statistics.median_low(host.hello.visible_bytes for host in same_levels),
                     turns=self._turns,
                 )
 
@@ -294,7 +296,9 @@ class Registry:
         in_force = group.in_force.get(host.hello.levels)
         last_bytes = in_force.thresholds.bytes[-1] if in_force else math.inf
         short = [flow for flow in report.finished_sample if flow.size_bytes < last_bytes]
-        group.sample.extend(short[: group.sampled])
+        taken = short[: max(0, group.sampled - group.given[host.name])]
+        group.given[host.name] += len(taken)
+        group.sample.extend(taken)
 
     def _outcome(self, hosts: list[Host], policy: InForce | None, now_s: float) -> Outcome | None:
         """What came of a policy on those of these hosts that follow it; of whatever they have if there is none."""
@@ -305,11 +309,11 @@ class Registry:
     def _sizes(self, hosts: list[Host], now_s: float) -> tuple[float, LogHistogram]:
         """Finished flows in the window, and the distribution of the sizes of all."""
         finished = np.array([host.sizes.at(now_s) for host in hosts]).reshape(-1, BINS)
-        weights = influence(finished.sum(axis=1))
+        # One weight for both: running flows of a single host must not outweigh what all have finished.
+        weights = influence(finished.sum(axis=1) + [float(sum(host.running.values())) for host in hosts])
         joined = weights @ finished
         running = np.zeros(BINS)
-        most_running = influence(np.array([float(sum(host.running.values())) for host in hosts]))
-        for host, weight in zip(hosts, most_running, strict=True):
+        for host, weight in zip(hosts, weights, strict=True):
             for index, count in host.running.items():
                 running[index] += weight * count
         return float(joined.sum()), size_distribution(joined, running)

@@ -53,6 +53,7 @@ class Steering:
         self._registry = registry
         self._enforcement = enforcement
         self._memory = memory
+        self._unwritten = False
         self._remembered = memory.read()
         self.mode: Mode = self._remembered.mode
         if self.mode != "learning":
@@ -108,7 +109,7 @@ class Steering:
             return
         guard.decided(decision.thresholds, decision.reason)
         self._follow(summary, now_s)
-        self._remember()
+        self._unwritten = True  # a decision for each of many groups is written once
 
     def propose(self, summary: GroupSummary, proposal: Proposal, now_s: float) -> None:
         """Try a proposal of the learner, or only tell it, as `policy.learn` says."""
@@ -145,7 +146,9 @@ class Steering:
                 self._follow(summary, now_s)
 
     def advance(self, now_s: float) -> None:
-        """Close the rounds that are complete, and forget groups that have gone."""
+        """Close the rounds that are complete, forget groups that have gone, and write down what has changed."""
+        if self._unwritten:  # before a group with news is forgotten
+            self.write_down()
         for key in [key for key in self.guards if key[0] not in self._registry.groups]:
             for known in (self.guards, self.decisions, self.proposals):
                 known.pop(key, None)
@@ -157,9 +160,11 @@ class Steering:
             verdict = guard.advance(live, now_s)
             if verdict is not None:
                 log.info("group %s, K = %d: challenger %s", *key, guard.last)
-                self._remember()
+                self._unwritten = True
             if verdict is not None or guard.trial is None or guard.trial.on_challenger != was_on:
                 self._follow(self._summary(key, now_s), now_s)
+        if self._unwritten:
+            self.write_down()
 
     def switch(self, mode: str, now_s: float) -> None:
         """Set the mode; anything but `learning` returns all groups to the scheme's decisions at once.
@@ -178,7 +183,19 @@ class Steering:
                 guard.withdraw(f"mode '{mode}' was switched on")
                 if key[0] in self._registry.groups:
                     self._follow(self._summary(key, now_s), now_s)
-        self._remember()
+        self.write_down()
+
+    def write_down(self) -> None:
+        """Write down what holds; of groups that are not there now, what held last."""
+        self._unwritten = False
+        known = {(one.group, one.levels): one for one in self._remembered.groups}
+        for key, guard in self.guards.items():
+            if guard.baseline is not None:
+                promoted = list(guard.promoted.bytes) if guard.promoted else None
+                known.pop(key, None)
+                known[key] = Remembered(*key, list(guard.baseline.bytes), promoted)
+        self._remembered = Memory(self.mode, list(known.values())[-MAX_REMEMBERED:])
+        self._memory.write(self._remembered)
 
     def _welcome(self, hosts: list[Host], now_s: float) -> None:
         """Tell hosts that are new in their groups what these have; also if nobody was there until now."""
@@ -216,17 +233,6 @@ class Steering:
         wanted = self._guard(summary).wanted
         if wanted is not None:
             self._enforcement.follow(summary, wanted, now_s)
-
-    def _remember(self) -> None:
-        """Write down what holds; of groups that are not there now, what held last."""
-        known = {(one.group, one.levels): one for one in self._remembered.groups}
-        for key, guard in self.guards.items():
-            if guard.baseline is not None:
-                promoted = list(guard.promoted.bytes) if guard.promoted else None
-                known.pop(key, None)
-                known[key] = Remembered(*key, list(guard.baseline.bytes), promoted)
-        self._remembered = Memory(self.mode, list(known.values())[-MAX_REMEMBERED:])
-        self._memory.write(self._remembered)
 
 
 def _key(summary: GroupSummary) -> Key:

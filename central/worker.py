@@ -9,6 +9,7 @@ however it ends, its end of the pipe closes and the worker leaves.
 import contextlib
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -31,6 +32,11 @@ AskedT = TypeVar("AskedT")
 AnswerT = TypeVar("AnswerT")
 AskedC = TypeVar("AskedC", contravariant=True)
 AnswerC = TypeVar("AnswerC", covariant=True)
+
+
+def one_blas_thread() -> None:
+    """Where matrices are small, threads of BLAS would only wait for each other; call before numpy is loaded."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class Service(Protocol[AskedC, AnswerC]):
@@ -128,6 +134,7 @@ class Worker(Generic[AskedT, AnswerT]):
             process.close()
 
     def _start(self) -> None:
+        one_blas_thread()
         # spawn: a fork would share ZeroMQ's threads and sockets.
         context = multiprocessing.get_context("spawn")
         near, far = context.Pipe()

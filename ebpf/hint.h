@@ -33,7 +33,11 @@ BPF_PERCPU_ARRAY(scratch, __u64, 1);
 
 int fabricpilot_hint(struct bpf_sockopt *context)
 {
-	__u64 *value = context->optval, *end = context->optval_end;
+	__u16 *given = context->optval, *end = context->optval_end;
+	union {
+		__u16 part[4]; /* some machines refuse a word that may not be aligned, and to their verifier it may not */
+		__u64 bytes;
+	} said;
 	struct bpf_sock *socket = context->sk;
 	__u32 zero = 0, sequence = 0, bound = 0;
 	struct hint *hint;
@@ -43,8 +47,12 @@ int fabricpilot_hint(struct bpf_sockopt *context)
 			context->optlen = 0; /* not seen in full here; this hands it on as it came */
 		return 1;
 	}
-	if (!socket || value + 1 > end || context->optlen != sizeof(*value))
+	if (!socket || given + 4 > end || context->optlen != sizeof(said))
 		return 1;
+	said.part[0] = given[0];
+	said.part[1] = given[1];
+	said.part[2] = given[2];
+	said.part[3] = given[3];
 	if (socket->protocol != IPPROTO_TCP || (socket->family != FAMILY_IPV4 && socket->family != FAMILY_IPV6))
 		return 1;
 #ifdef WRITE_SEQ_OFFSET
@@ -61,7 +69,7 @@ int fabricpilot_hint(struct bpf_sockopt *context)
 	hint = hints.sk_storage_get(socket, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!hint)
 		return 1; /* no memory: as if we were not there */
-	hint->bytes = *value;
+	hint->bytes = said.bytes;
 	hint->sequence = sequence;
 	hint->bound = bound;
 	context->optlen = SOCKOPT_DONE;

@@ -168,10 +168,11 @@ class GuardSection(Section, frozen=True, kw_only=True):
 class LongFlowsSection(Section, frozen=True, kw_only=True):
     """`[long_flows]`: whether central chooses level and route of single long flows, and how."""
 
-    # least-loaded: the route with the fewest long flows; shortest-first: that, and priority by what is seen to remain;
-    # learned: what the network of `fabricpilot train lrla` makes of both; in-turn: least-loaded, and of a receiver's
-    # long flows one at a time a level above the last (the optimiser's thresholds go with it)
-    scheme: Literal["off", "least-loaded", "shortest-first", "learned", "in-turn"] = "off"
+    # least-loaded: the route with the fewest long flows; young-first: that, and flows that have sent less than 10 MB go
+    # before the others; shortest-first: that, and priority by what is seen to remain; learned: what the network of
+    # `fabricpilot train lrla` makes of young-first; in-turn: least-loaded, and of a receiver's long flows one at a time
+    # a level above the last (the optimiser's thresholds go with it)
+    scheme: Literal["off", "least-loaded", "young-first", "shortest-first", "learned", "in-turn"] = "off"
     turn_bytes: float = 1e9  # in-turn: what a flow may send before others have their turn
     ttl_s: float = 10.0  # how long a verdict holds by itself; it is renewed while the flow goes on
     rack_prefix: int = 24  # hosts whose IPv4 addresses agree in so many bits share a leaf; 32: each has its own
@@ -311,7 +312,14 @@ def load(
     try:
         return msgspec.convert(merged, kind)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{where}: {_readable(str(error))}") from error
+        raise UsageError(f"{where}: {_readable(str(error))}{_choices(_type_at(kind, str(error)))}") from error
+
+
+def _type_at(kind: type[Any], message: str) -> Any:
+    """The type of the field that a complaint is about, `... - at `$.section.key``; None if of no section."""
+    section, _, field = message.rpartition("$.")[2].rstrip("`").partition(".")
+    struct = _sections(kind).get(section)
+    return next((f.type for f in msgspec.structs.fields(struct) if f.name == field), None) if struct else None
 
 
 def parse_rate(text: str) -> int:
@@ -371,17 +379,25 @@ def _put(kind: type[Any], tables: dict[str, dict[str, Any]], key: str, value: An
 
 
 def _from_text(struct: type[Section], field: str, text: str, where: str) -> Any:
-    """A string from the environment or a flag, in the type its field has; lists are comma-separated."""
+    """A string from the environment or a flag, in the type its field has; lists are comma-separated, or as in TOML."""
     wanted = next(f.type for f in msgspec.structs.fields(struct) if f.name == field)
-    item = (get_args(wanted) or (None,))[0]
     given: Any = text
     if msgspec.inspect.type_info(wanted).__class__ is msgspec.inspect.ListType:
         given = [part.strip() for part in text.split(",") if part.strip()]
-        wanted = list[item]  # type: ignore[valid-type]
+        if text.lstrip().startswith("["):
+            try:
+                given = tomllib.loads(f"list = {text}")["list"]
+            except tomllib.TOMLDecodeError as error:
+                raise UsageError(f'{where} = \'{text}\' is no list; write a,b or ["a", "b"]') from error
     try:
         return msgspec.convert(given, wanted, strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{where} = '{text}': {_readable(str(error))}") from error
+        raise UsageError(f"{where} = '{text}': {_readable(str(error))}{_choices(wanted)}") from error
+
+
+def _choices(wanted: Any) -> str:
+    """What a field takes that has a fixed set of words."""
+    return f"; it must be one of {', '.join(map(str, get_args(wanted)))}" if get_origin(wanted) is Literal else ""
 
 
 def _readable(message: str) -> str:
@@ -395,4 +411,5 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise UsageError(f"{name} = {value:g}; it must be {low:g} to {high:g}")
+        given, least, most = (f"{x:.0f}" if x == int(x) else f"{x:g}" for x in (value, low, high))
+        raise UsageError(f"{name} = {given}; it must be {least} to {most}")

@@ -233,7 +233,7 @@ def detach(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, *
     from pyroute2 import IPRoute
 
     from fabricpilot.control import ask
-    from hostagent.lifecycle import take_down
+    from hostagent.lifecycle import take_down, take_down_preview
 
     try:
         pid = ask(_control_socket(config), "status", timeout_s=2.0).get("pid")
@@ -241,13 +241,10 @@ def detach(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, *
         pid = None
     if pid is not None:
         raise FabricpilotError(f"an agent (pid {pid}) is running on this data path; stop it first")
-    if dry_run:
-        found = _kernel_status(config)
-        click.echo(f"would remove the {found['backend']} data path from: {', '.join(found['interfaces']) or 'nothing'}")
-        return
     with IPRoute() as ipr:
-        for line in take_down(config, ipr) or ["nothing was attached"]:
-            click.echo(line)
+        told = take_down_preview(config, ipr) if dry_run else take_down(config, ipr)
+    for line in told or ["nothing is attached" if dry_run else "nothing was attached"]:
+        click.echo(line)
 
 
 def _config(config_path: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> AgentConfig:

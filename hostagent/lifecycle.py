@@ -22,9 +22,19 @@ from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
 from hostagent.datapath.base import Datapath, MessageRule, Settings, SocketRule
+from hostagent.datapath.cgroup_links import cgroup_directory
 from hostagent.flow_control import FlowControl, check, open_flow_control, require
 from hostagent.nics import LinkWatch
-from hostagent.qdisc import QueuePlan, install, installed, make_plan, plan_queues, restore, supported_kinds
+from hostagent.qdisc import (
+    QueuePlan,
+    install,
+    installed,
+    make_plan,
+    plan_queues,
+    restore,
+    restore_preview,
+    supported_kinds,
+)
 from hostagent.qdisc.install import drop_records_of_missing
 from hostagent.qdisc.link import find_link, link_rate_bps, remove_abandoned_links
 from hostagent.qdisc.snapshot import recorded
@@ -107,6 +117,8 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
     """
     plans = plan_all(config, ipr)
     check(config)
+    for cgroup in (*config.datapath.hint_cgroups, *config.datapath.send_buffer_cgroups):
+        cgroup_directory(cgroup)
     run_dir = Path(config.host.run_dir)
     datapath = open_datapath(config.datapath)
     with contextlib.ExitStack() as undo:
@@ -176,15 +188,38 @@ def take_down(config: AgentConfig, ipr: IPRoute) -> list[str]:
         datapath.close()
     if interfaces:
         done.append(f"{datapath.name} data path removed from {shortened(interfaces)}")
-    names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
-    with_records = [names[index] for index in recorded(run_dir) if index in names]
-    configured = [name for name in config.host.interfaces if name in names.values()]
-    for name in dict.fromkeys([*interfaces, *with_records, *configured]):
+    names = _names_by_index(ipr)
+    for name in _perhaps_with_queues(config, interfaces, names):
         if restore(name, ipr, run_dir):
             done.append(f"{name}: queues restored")
     drop_records_of_missing(run_dir, names)
     done += [f"{name}: temporary interface of a killed agent removed" for name in remove_abandoned_links(ipr)]
     return done
+
+
+def take_down_preview(config: AgentConfig, ipr: IPRoute) -> list[str]:
+    """What `take_down` would do to the data path and the queues, one line each; changes nothing."""
+    datapath = open_datapath(config.datapath)
+    try:
+        interfaces = datapath.attached()
+    finally:
+        datapath.close()
+    told = [f"would remove the {datapath.name} data path from {shortened(interfaces)}"] if interfaces else []
+    for name in _perhaps_with_queues(config, interfaces, _names_by_index(ipr)):
+        if steps := restore_preview(name, ipr, Path(config.host.run_dir)):
+            told.append(f"{name}: would restore the queues: {', then '.join(steps)}")
+    return told
+
+
+def _names_by_index(ipr: IPRoute) -> dict[int, str]:
+    return {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
+
+
+def _perhaps_with_queues(config: AgentConfig, attached: list[str], names: dict[int, str]) -> list[str]:
+    """NICs that may have queues of ours: scheduled ones, those with a record, configured ones."""
+    with_records = [names[index] for index in recorded(Path(config.host.run_dir)) if index in names]
+    configured = [name for name in config.host.interfaces if name in names.values()]
+    return list(dict.fromkeys([*attached, *with_records, *configured]))
 
 
 def _roster(config: AgentConfig, datapath: Datapath, queues: dict[str, QueuePlan], ipr: IPRoute) -> Roster:

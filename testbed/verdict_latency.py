@@ -56,6 +56,9 @@ def measure(flows: int, samples: int, gap_ms: float, scheme: str) -> dict[str, A
         KernelError: not root, or the kernel lacks something.
         FabricpilotError: a daemon did not start or did not follow.
     """
+    from central.worker import one_blas_thread
+
+    one_blas_thread()  # as where the scheme runs in central
     from testbed.netns.programs import Programs
     from testbed.netns.registry import Run
     from testbed.netns.star import StarPlan

@@ -6,6 +6,7 @@ The fixtures `pin_dir`, `wire` and `host` are lent to all tests on the kernel by
 import bisect
 import contextlib
 import itertools
+import os
 import socket
 import struct
 import threading
@@ -138,17 +139,60 @@ def parsed(frame: bytes) -> Seen | None:
     return Seen(traffic_class >> 2, traffic_class & 3, sequence, flags, end - offset - (frame[offset + 12] >> 4) * 4)
 
 
-def first_time(packets: list[Seen]) -> list[tuple[int, Seen]]:
-    """Packets that carry payload for the first time, each with the count of bytes in front of it in its connection.
+@contextlib.contextmanager
+def on_one_cpu() -> Iterator[None]:
+    """What this thread sends inside the block arrives in order: one CPU hands it from end to end of a veth pair."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def wait_for_gap(connection: socket.socket, least_s: float = 0.05) -> None:
+    """Wait until what the connection sends next is a message of its own: all acknowledged, and silent by its own clock.
+
+    The kernel asks for twice the smoothed round-trip time, which a slow handshake on a busy machine makes long.
+    """
+    deadline = time.monotonic() + 20
+    while True:
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        unacknowledged, srtt_us = (struct.unpack_from("=I", told, offset)[0] for offset in (24, 68))
+        if not unacknowledged:
+            break
+        assert time.monotonic() < deadline, "not acknowledged"
+        time.sleep(0.002)
+    time.sleep(max(least_s, 3e-6 * srtt_us))
+
+
+def levels_at(place: int, again_bytes: int) -> set[int]:
+    """DSCPs that the byte at `place` of a message may carry; so many before it may have been sent twice, and count."""
+    least, most = SETTINGS.thresholds.level_of(place), SETTINGS.thresholds.level_of(place + again_bytes)
+    return set(SETTINGS.dscp[least : most + 1])
+
+
+def in_place(packets: list[Seen]) -> list[tuple[int, Seen]]:
+    """Packets with payload, each with the count of bytes in front of it in its connection.
 
     The count is of sequence numbers, not of what was captured: packets may overtake each other on their way.
     """
     starts = [(seen.sequence + 1) % 2**32 for seen in packets if seen.flags & 2]
     starts += [seen.sequence for seen in packets if seen.payload_bytes]  # where the handshake was not captured
+    return [((seen.sequence - starts[0]) % 2**32, seen) for seen in packets if seen.payload_bytes]
+
+
+def sent_again(packets: list[Seen]) -> int:
+    """Payload bytes that one connection, all of which was captured, has sent more than once."""
+    placed = in_place(packets)
+    return sum(seen.payload_bytes for _, seen in placed) - max(place + seen.payload_bytes for place, seen in placed)
+
+
+def first_time(packets: list[Seen]) -> list[tuple[int, Seen]]:
+    """Those of `in_place` that carry payload for the first time."""
     kept, highest = [], 0
-    for seen in packets:
-        place = (seen.sequence - starts[0]) % 2**32
-        if seen.payload_bytes and place >= highest:
+    for place, seen in in_place(packets):
+        if place >= highest:
             kept.append((place, seen))
             highest = place + seen.payload_bytes
     return kept

@@ -38,6 +38,19 @@ class Dutiful:
             raise UsageError(f"{path} is no checkpoint") from error
 
 
+class Dawdling(Dutiful):
+    """Writes its second checkpoint half, and then does not go on."""
+
+    saved = False
+
+    def save(self, path):
+        if self.saved:
+            path.write_text('{"transi')
+            time.sleep(3600)
+        self.saved = True
+        super().save(path)
+
+
 class BadActor(Dutiful):
     """Valid thresholds, and about the worst there are for a mix of sizes."""
 

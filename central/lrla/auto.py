@@ -4,14 +4,10 @@ from pathlib import Path
 
 import torch
 
-from central.lrla.learned import SHIPPED, filled
 from central.lrla.paper import PaperNetwork
 from central.lrla.reinforce import Sampler, Settings
-from central.training import checkpoint
+from central.lrla.weights import PAPER, stored
 from central.training.settings import read
-from fabricpilot.errors import UsageError
-
-PAPER = SHIPPED.with_name("paper.npz")
 
 
 def auto(path: Path = PAPER, seed: int = 1) -> Sampler:
@@ -25,12 +21,8 @@ def auto(path: Path = PAPER, seed: int = 1) -> Sampler:
         UsageError: no such file, or other weights.
     """
     torch.set_num_threads(1)
-    stored = checkpoint.load(path)
-    try:
-        settings = read(Settings, None, stored["record"]["settings"])
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} holds no weights of `fabricpilot train lrla`") from error
-    if settings.network != "paper":
-        raise UsageError(f'{path} was not trained with network = "paper" (central/lrla/configs/paper.toml)')
-    network = filled(PaperNetwork(settings.paper.layers), stored, path)
+    weights = stored(path, "paper")
+    settings = read(Settings, None, weights.settings)
+    network = PaperNetwork(settings.paper.layers, settings.rates)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.values.items()})
     return Sampler(network.eval(), torch.Generator().manual_seed(seed))

@@ -77,10 +77,11 @@ class Choice(NamedTuple):
 
     priority: Ints
     route: Ints  # `UNKNOWN_ROUTE`: none, the kernel's choice
+    rate: Floats | None = None  # highest rate as a share of the host's link, infinite: none; None: rates are not chosen
 
 
 class LongFlowScheme(Protocol):
-    """Chooses priority and route of long flows."""
+    """Chooses priority and route of long flows, and in the laboratory their rate."""
 
     @property
     def name(self) -> str:
@@ -104,9 +105,14 @@ def route_shares(flows: FlowSet, rows: Ints) -> Floats:
     return share
 
 
-def route_loads(flows: FlowSet) -> tuple[Floats, Floats]:
-    """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R)."""
-    share = route_shares(flows, np.arange(len(flows)))
+def route_loads(flows: FlowSet, share: Floats | None = None) -> tuple[Floats, Floats]:
+    """Long flows on the way up from each rack and down to each, by route: two of shape (racks, R).
+
+    Args:
+        flows: all of them.
+        share: their `route_shares`, if they are known already.
+    """
+    share = route_shares(flows, np.arange(len(flows))) if share is None else share
     up, down = np.zeros((flows.racks, flows.routes)), np.zeros((flows.racks, flows.routes))
     for route in range(flows.routes):
         up[:, route] = np.bincount(flows.source_rack, share[:, route], flows.racks)

@@ -1,28 +1,27 @@
 """The learned scheme: the network's corrections on top of the rules, for a running central and for comparisons."""
 
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
 from central.lrla.flow_set import Choice, FlowSet, Ints
-from central.lrla.network import Policy, PolicyNetwork, batch_of
+from central.lrla.inference import Inference
 from central.lrla.rules import assign
-from central.training import checkpoint
-from fabricpilot.errors import UsageError
-
-SHIPPED = Path(__file__).with_name("weights") / "lrla.npz"
-PolicyT = TypeVar("PolicyT", bound=Policy)
+from central.lrla.weights import SHIPPED, Stored, stored
 
 
 class LearnedScheme:
-    """Decides by a trained network, without chance: the same flows, the same verdicts."""
+    """Decides by a trained network, without chance: the same flows, the same verdicts.
+
+    Args:
+        weights: of a network of `network.py`.
+    """
 
     name = "learned"
 
-    def __init__(self, network: PolicyNetwork) -> None:
-        torch.set_num_threads(1)  # the network is small: threads would only wait for each other
-        self._network = network.eval()
+    def __init__(self, weights: Stored) -> None:
+        self._inference = Inference(weights.values)
+        self._rates = np.array([*weights.rates, np.inf])
 
     @classmethod
     def load(cls, path: Path | None = None) -> "LearnedScheme":
@@ -31,24 +30,9 @@ class LearnedScheme:
         Raises:
             UsageError: no such file, or other weights.
         """
-        return cls(filled(PolicyNetwork(), checkpoint.load(path or SHIPPED), path or SHIPPED))
+        return cls(stored(path or SHIPPED, "sets"))
 
     def decide(self, flows: FlowSet, asked: Ints) -> Choice:
         """One pass for all flows asked for; routes are then given out one after the other."""
-        bonus, priority = self._network.bonus(batch_of(flows, asked))
-        return Choice(priority, assign(flows, asked, bonus))
-
-
-def filled(network: PolicyT, stored: Any, path: Path) -> PolicyT:
-    """The network with stored weights.
-
-    Raises:
-        UsageError: other weights, or such as are not finite; names the file.
-    """
-    try:
-        network.load_state_dict(stored["network"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UsageError(f"{path} holds no weights of this network") from error
-    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
-        raise UsageError(f"{path} holds weights that are not finite")
-    return network
+        bonus, priority, rate = self._inference.decide(flows, asked)
+        return Choice(priority, assign(flows, asked, bonus), None if rate is None else self._rates[rate])

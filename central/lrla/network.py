@@ -5,13 +5,15 @@
              each host. The cost grows linearly with the number of flows, and their order does not matter
     route    embedding of the flow, sums at both ends of a route without the flow itself -> a score per route
     priority embedding of the flow, sums at its sender and its receiver without itself -> a score per priority
+    rate     as priority, where rates may be chosen: a score per rate, the last for none
     scores   start as the rules' (rules.py): the last layers begin at zero, so an untrained network decides as
-             shortest-first does, and training moves it away only where that pays
+             young-first does, and training moves it away only where that pays
 
 Shapes: n flows, m of them asked for, R routes, P priorities.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from central.lrla.flow_set import MAX_PRIORITIES, Bools, Floats, FlowSet, Ints, route_loads, route_shares
-from central.lrla.rules import SHORTEST_FIRST_BYTES, costs, priorities
+from central.lrla.inputs import CROWD, FREE_WEIGHT, allowed_priorities, features_of, ruled_priorities
+from central.lrla.rules import costs
+from central.lrla.weights import FEATURES, HIDDEN
 from simulator.results import FlowResults
 
-FEATURES = 9
-HIDDEN = 32
-_LOG_BYTES = 30.0  # log2 of a GiB: sizes are features in [0, 1]
-_CROWD = 8.0  # flows on a link that make a sum of about 1
 MASKED = -1e9
 
 
@@ -46,36 +46,17 @@ class Batch:
     allowed: Tensor  # bool (m, P)
 
 
-def features_of(flows: FlowSet) -> Floats:
-    """(n, FEATURES), each about 0 to 1, as the columns below say."""
-    known = ~np.isnan(flows.known_bytes)
-    rate = flows.attained_bytes * 8 / np.maximum(flows.age_s, 1e-6) / flows.rate_bps
-    columns = (
-        np.log2(1 + flows.attained_bytes) / _LOG_BYTES,
-        known,
-        np.log2(1 + np.where(known, flows.known_bytes, 0.0)) / _LOG_BYTES,
-        np.clip((np.log10(np.maximum(flows.age_s, 1e-4)) + 4) / 6, 0, 1),
-        np.clip(rate, 0, 1),
-        flows.route >= 0,
-        flows.priority / (MAX_PRIORITIES - 1),
-        flows.migration,
-        flows.priorities / MAX_PRIORITIES,
-    )
-    return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
-
-
 def batch_of(flows: FlowSet, asked: Ints) -> Batch:
     """The decision on rows `asked` as tensors."""
     share = route_shares(flows, np.arange(len(flows)))
-    up, down = route_loads(flows)
+    up, down = route_loads(flows, share)
     cost = costs(flows, asked, up, down, share[asked])
     usable = flows.usable[asked] & flows.crosses[asked][:, None]
     current = np.zeros((len(asked), flows.routes))
     has = np.flatnonzero(flows.route[asked] >= 0)
     current[has, flows.route[asked][has]] = 1.0
-    rule = priorities(flows, asked, SHORTEST_FIRST_BYTES)
-    allowed = np.arange(MAX_PRIORITIES) < flows.priorities[asked][:, None]
-    allowed[flows.migration[asked], 1:] = False  # migrations wait for all others
+    rule = ruled_priorities(flows, asked)
+    allowed = allowed_priorities(flows, asked)
     places = np.stack([flows.source_rack, flows.destination_rack, flows.source, flows.destination])
     return Batch(
         _tensor(features_of(flows)),
@@ -102,7 +83,15 @@ class Eyes(Protocol):
 
 
 class Policy(nn.Module, ABC):
-    """What REINFORCE trains: called with what its eyes see, it gives logits (m, R) and (m, P)."""
+    """What REINFORCE trains: called with what its eyes see, it gives logits (m, R), (m, P) and, with rates, (m, F + 1).
+
+    Args:
+        rates: F of them, as shares of a host's link; empty: no rate is chosen.
+    """
+
+    def __init__(self, rates: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.rates = rates
 
     @abstractmethod
     def eyes(self) -> Eyes:
@@ -121,25 +110,26 @@ class FlowEyes:
 
 
 class PolicyNetwork(Policy):
-    """Scores for routes and priorities of long flows."""
+    """Scores for routes, priorities and perhaps rates of long flows."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rates: tuple[float, ...] = ()) -> None:
+        super().__init__(rates)
         self.flow = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
         self.route = _head(3 * HIDDEN + 3, 1)
         self.priority = _head(3 * HIDDEN + 2, MAX_PRIORITIES)
         # How much a flow more on a route counts, and how firmly the rule's priority is held, at the start.
         self.load_weight = nn.Parameter(torch.tensor(2.0))
-        self.rule_weight = nn.Parameter(torch.tensor(1.0))
+        self.rule_weight = nn.Parameter(torch.tensor(3.0))
+        self.rate = _head(3 * HIDDEN + 2, len(rates) + 1) if rates else None
 
     def eyes(self) -> Eyes:
         """See `Policy.eyes`."""
         return FlowEyes()
 
-    def corrections(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the network adds to the rules' scores: (m, R) and (m, P)."""
+    def corrections(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the network adds to the rules' scores: (m, R), (m, P) and, with rates, (m, F + 1)."""
         embedded = self.flow(batch.features)
-        counted = torch.cat([embedded, torch.ones(len(embedded), 1)], dim=1) / _CROWD
+        counted = torch.cat([embedded, torch.ones(len(embedded), 1)], dim=1) / CROWD
         racks, hosts = batch.sizes
         routes = batch.share.shape[1]
         on_routes = (batch.share[:, :, None] * counted[:, None, :]).reshape(len(counted), routes * (HIDDEN + 1))
@@ -158,28 +148,29 @@ class PolicyNetwork(Policy):
         inner += batch.current[:, :, None] * of_current
         by_route = self.route[2](inner.tanh_())[:, :, 0]
         peers = [_sums(counted, place, hosts)[place[asked]] - counted[asked] for place in batch.places[2:]]
-        return by_route, self.priority(torch.cat([mine, *peers], dim=1))
+        seen = torch.cat([mine, *peers], dim=1)
+        return by_route, self.priority(seen), *(() if self.rate is None else (self.rate(seen),))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits of routes (m, R) and of priorities (m, P); masked where there is no choice."""
-        by_route, by_priority = self.corrections(batch)
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Logits of routes, priorities and perhaps rates; masked where there is no choice."""
+        by_route, by_priority, *by_rate = self.corrections(batch)
         routes = by_route - self.load_weight * batch.costs
         ranks = by_priority + self.rule_weight * batch.ruled
-        return routes.masked_fill(~batch.usable, MASKED), ranks.masked_fill(~batch.allowed, MASKED)
-
-    def bonus(self, batch: Batch) -> tuple[Floats, Ints]:
-        """For deciding without chance: what to take off the rule's cost of each route, and the best priority."""
-        with torch.no_grad():
-            by_route, by_priority = self.corrections(batch)
-            ranks = (by_priority + self.rule_weight * batch.ruled).masked_fill(~batch.allowed, MASKED)
-            weight = self.load_weight.clamp(min=0.1)
-            return (by_route / weight).double().numpy(), ranks.argmax(dim=1).numpy()
+        masked = routes.masked_fill(~batch.usable, MASKED), ranks.masked_fill(~batch.allowed, MASKED)
+        return *masked, *(scores + free(scores) for scores in by_rate)
 
 
-def log_probability(logits: tuple[Tensor, Tensor], route: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
-    """Of both choices together (m,), and their entropy (m,). A row without a route to choose has none of either."""
-    total, entropy = torch.zeros(len(route)), torch.zeros(len(route))
-    for scores, chosen in zip(logits, (route, priority), strict=True):
+def free(scores: Tensor) -> Tensor:
+    """What is added to the scores of rates at the start, shape (F + 1,): most flows go without one."""
+    weights = torch.zeros(scores.shape[1])
+    weights[-1] = FREE_WEIGHT
+    return weights
+
+
+def log_probability(logits: Sequence[Tensor], choices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of all choices of a flow together (m,), and their entropy (m,). One that was no choice has none of either."""
+    total, entropy = torch.zeros(len(choices[0])), torch.zeros(len(choices[0]))
+    for scores, chosen in zip(logits, choices, strict=True):
         logs = torch.log_softmax(scores, dim=1)
         open_ = (scores > MASKED / 2).sum(dim=1) > 1
         total = total + torch.where(open_, logs.gather(1, chosen.clamp(min=0)[:, None])[:, 0], torch.zeros(()))

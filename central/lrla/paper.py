@@ -2,7 +2,7 @@
 
     state   11 long flows under way x 6 (5-tuple, priority) and 10 that have ended x 7 (5-tuple, completion time, size)
             of the sender: 136 inputs, zeros where there is none; every feature between 0 and 1
-    action  for each of the 11 a softmax over priorities and one over routes, of the same last layer
+    action  for each of the 11 a softmax over priorities, one over routes and, if wanted, one over rates
     reward  of a decision: sum of size over completion time of the sender's long flows that end in the step after it,
             over that of the step before it, capped; less the running mean of the sender's rewards
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from central.lrla.flow_set import MAX_PRIORITIES, Bools, Floats, FlowSet, Ints
-from central.lrla.network import MASKED, Eyes, Policy
+from central.lrla.network import MASKED, Eyes, Policy, free
+from simulator.longflows import paper_reward
 from simulator.results import FlowResults
 
 ACTIVE, ACTIVE_FEATURES = 11, 6
@@ -133,27 +134,34 @@ class HostEyes:
 
 
 class PaperNetwork(Policy):
-    """136 inputs, for each of 11 flows 4 priorities and 4 routes."""
+    """136 inputs, for each of 11 flows 4 priorities, 4 routes and perhaps rates, the last for none."""
 
-    def __init__(self, layers: tuple[int, ...] = PaperSettings.layers) -> None:
-        super().__init__()
+    def __init__(self, layers: tuple[int, ...] = PaperSettings.layers, rates: tuple[float, ...] = ()) -> None:
+        super().__init__(rates)
         parts: list[nn.Module] = []
         inputs = INPUTS
         for width in layers:
             parts += [nn.Linear(inputs, width), nn.ReLU()]
             inputs = width
-        self.body = nn.Sequential(*parts, nn.Linear(inputs, ACTIVE * (MAX_PRIORITIES + MAX_ROUTES)))
+        self._outputs = MAX_PRIORITIES + MAX_ROUTES + (len(rates) + 1 if rates else 0)
+        self.body = nn.Sequential(*parts, nn.Linear(inputs, ACTIVE * self._outputs))
 
     def eyes(self) -> Eyes:
         """See `Policy.eyes`."""
         return HostEyes()
 
-    def forward(self, batch: HostBatch) -> tuple[Tensor, Tensor]:
-        """Logits of routes (m, R) and of priorities (m, P); masked where there is no choice."""
-        scores = self.body(batch.states).reshape(len(batch.states), ACTIVE, MAX_PRIORITIES + MAX_ROUTES)
+    def forward(self, batch: HostBatch) -> tuple[Tensor, ...]:
+        """Logits of routes, priorities and perhaps rates; masked where there is no choice."""
+        scores = self.body(batch.states).reshape(len(batch.states), ACTIVE, self._outputs)
         mine = scores[batch.host, batch.place.clamp(min=0)]
         routes = mine[:, MAX_PRIORITIES : MAX_PRIORITIES + batch.usable.shape[1]]
-        return routes.masked_fill(~batch.usable, MASKED), mine[:, :MAX_PRIORITIES].masked_fill(~batch.allowed, MASKED)
+        ranks = mine[:, :MAX_PRIORITIES]
+        masked = routes.masked_fill(~batch.usable, MASKED), ranks.masked_fill(~batch.allowed, MASKED)
+        if not self.rates:
+            return masked
+        rates = mine[:, MAX_PRIORITIES + MAX_ROUTES :]
+        held = torch.arange(len(self.rates) + 1) < len(self.rates)
+        return *masked, (rates + free(rates)).masked_fill(held & (batch.place == NO_PLACE)[:, None], MASKED)
 
 
 def rewards(gains: Floats, at: Ints, step: int, cap: float) -> Floats:
@@ -170,7 +178,7 @@ def rewards(gains: Floats, at: Ints, step: int, cap: float) -> Floats:
     now, last = at + 1, len(gains)
     before = sums[now] - sums[np.maximum(now - step, 0)]
     after = sums[np.minimum(now + step, last)] - sums[now]
-    return np.where(before > 0, np.minimum(after / np.where(before > 0, before, 1.0), cap), 1.0)
+    return paper_reward(before, after, cap)
 
 
 class Baseline:

@@ -42,7 +42,7 @@ def scheme_of(section: LongFlowsSection) -> LongFlowScheme:
     """The scheme that `[long_flows]` names.
 
     Raises:
-        UsageError: weights that cannot be read.
+        UsageError: weights that cannot be read, or that choose rates.
     """
     if section.scheme == "in-turn":
         return InTurn(section.turn_bytes)
@@ -51,8 +51,9 @@ def scheme_of(section: LongFlowsSection) -> LongFlowScheme:
 
         return RULES[section.scheme]
     from central.lrla.learned import LearnedScheme
+    from central.lrla.weights import SHIPPED, deployable
 
-    return LearnedScheme.load(Path(section.weights) if section.weights else None)
+    return LearnedScheme(deployable(Path(section.weights or SHIPPED)))
 
 
 class Scheduler:

@@ -2,6 +2,7 @@
 
 ecmp            the hash's route, the lowest priority: what a fabric does by itself
 least-loaded    the route whose busier end has the fewest long flows, the lowest priority
+young-first     as least-loaded, and flows that have not sent much yet go before the others
 shortest-first  as least-loaded, and a priority by what is seen to remain: the shorter the remainder the higher
 """
 
@@ -43,25 +44,30 @@ class LeastLoaded:
     """Greedy by the number of long flows.
 
     Attributes:
-        remainders_bytes: ascending; a flow that is seen to have at most so many left gets a priority more for each.
-            Empty: all have the lowest priority.
+        remainders_bytes: a flow that is seen to have less left gets a priority more for each.
+        sent_bytes: a flow that has sent less gets a priority more for each. Both empty: all have the lowest priority.
     """
 
     remainders_bytes: tuple[float, ...] = ()
+    sent_bytes: tuple[float, ...] = ()
     name: str = "least-loaded"
 
     def decide(self, flows: FlowSet, asked: Ints) -> Choice:
         """Routes one after the other, each flow seeing where those before it went."""
-        return Choice(priorities(flows, asked, self.remainders_bytes), assign(flows, asked))
+        return Choice(priorities(flows, asked, self.remainders_bytes, self.sent_bytes), assign(flows, asked))
 
 
-def priorities(flows: FlowSet, asked: Ints, remainders_bytes: tuple[float, ...]) -> Ints:
-    """Priority of the flows in rows `asked` by what is seen to remain; migrations have the lowest."""
-    known = flows.known_bytes[asked]
+def priorities(
+    flows: FlowSet, asked: Ints, remainders_bytes: tuple[float, ...] = (), sent_bytes: tuple[float, ...] = ()
+) -> Ints:
+    """Priority of the flows in rows `asked` by what is seen to remain and by what they sent; migrations: the lowest."""
+    known, sent = flows.known_bytes[asked], flows.attained_bytes[asked]
     left = np.where(np.isnan(known), np.inf, known)
     wanted = np.zeros(len(asked), np.int64)
     for limit in remainders_bytes:
         wanted += left < limit
+    for limit in sent_bytes:
+        wanted += sent < limit
     wanted[flows.migration[asked]] = 0
     bounded: Ints = np.minimum(wanted, flows.priorities[asked] - 1)
     return bounded
@@ -142,8 +148,10 @@ def _assign(
 
 
 SHORTEST_FIRST_BYTES = (2e6, 3.9e6)  # picked by hand from a few (docs/lrla.md)
+YOUNG_BYTES = (10e6,)  # where flows begin to be long
 RULES: dict[str, LongFlowScheme] = {
     "ecmp": Ecmp(),
     "least-loaded": LeastLoaded(),
-    "shortest-first": LeastLoaded(SHORTEST_FIRST_BYTES, "shortest-first"),
+    "young-first": LeastLoaded(sent_bytes=YOUNG_BYTES, name="young-first"),
+    "shortest-first": LeastLoaded(SHORTEST_FIRST_BYTES, name="shortest-first"),
 }

@@ -16,13 +16,27 @@ from central.lrla.flow_set import Floats
 from central.lrla.laboratory import Lab
 from central.lrla.network import Policy, PolicyNetwork
 from central.lrla.paper import Baseline, PaperNetwork
-from central.lrla.reinforce import Gradient, Rollout, Settings, draw, gradient, paper_weights, roll, step, weights_of
+from central.lrla.reinforce import (
+    Gradient,
+    Rollout,
+    Settings,
+    draw,
+    gradient,
+    multiplied,
+    paper_weights,
+    plain_costs,
+    roll,
+    step,
+    weights_of,
+)
 from central.training import checkpoint, workers
 
 
 def network_of(settings: Settings) -> Policy:
     """The network that the settings name, with its first weights."""
-    return PaperNetwork(settings.paper.layers) if settings.network == "paper" else PolicyNetwork()
+    if settings.network == "paper":
+        return PaperNetwork(settings.paper.layers, settings.rates)
+    return PolicyNetwork(settings.rates)
 
 
 class Runner:
@@ -42,8 +56,7 @@ class Runner:
         names = self._network.state_dict()
         self._network.load_state_dict({name: torch.from_numpy(v) for name, v in zip(names, now, strict=True)})
         generators = (torch.Generator().manual_seed(chance) for chance in chances)
-        short = self._settings.short_weight
-        self._rollouts = [roll(lab, self._network, traffic, generator, short) for generator in generators]
+        self._rollouts = [roll(lab, self._network, traffic, generator) for generator in generators]
         return [replace(rollout, decisions=[]) for rollout in self._rollouts]
 
     def gradients(self, weights: list[list[Floats]]) -> list[Gradient]:
@@ -73,6 +86,7 @@ class LrlaTrainer:
         self.done = 0
         self.total = settings.iterations
         self.network = network_of(settings)
+        self._short_weight = settings.short_weight  # with a limit its multiplier
         self._baseline = Baseline(Lab().hosts)
         self._optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
         self._random = np.random.default_rng(seed)
@@ -88,14 +102,23 @@ class LrlaTrainer:
         chances = self._random.integers(2**31, size=self.settings.runs)
         now = [value.numpy() for value in self.network.state_dict().values()]
         rollouts = self._ask("roll", [(now, lab, traffic, chances[share].tolist()) for share in self._shares])
+        short_weight = self._short_weight
+        if self.settings.short_limit:
+            plain = plain_costs(lab, traffic).tolist()
+            short_weight *= plain[0] / plain[1]
         if self.settings.network == "paper":
             weights = paper_weights(rollouts, self.settings, lab.tick_s, self._baseline)
         else:
-            weights = weights_of(rollouts, self.settings, lab.tick_s)
+            weights = weights_of(rollouts, self.settings, lab.tick_s, short_weight)
         gradients = self._ask("gradients", [([weights[run] for run in share],) for share in self._shares])
         told = step(self.network, self._optimiser, gradients, self.settings.gradient_norm)
         self.done += 1
-        return {"cost": float(np.mean([rollout.costs.sum() for rollout in rollouts]))} | told
+        long, short = np.mean([rollout.costs.sum(axis=0) for rollout in rollouts], axis=0).tolist()
+        told = {"long": long, "short": short} | told
+        if self.settings.short_limit:
+            told |= {"long below": 1 - long / plain[0], "short below": 1 - short / plain[1], "weight": short_weight}
+            self._short_weight = multiplied(self._short_weight, short, plain[1], self.settings)
+        return told
 
     def _ask(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """What the workers answer, in the order of the runs."""
@@ -110,6 +133,7 @@ class LrlaTrainer:
             "optimiser": self._optimiser.state_dict(),
             "random": self._random.bit_generator.state,
             "baseline": [self._baseline.count, self._baseline.total],
+            "short_weight": self._short_weight,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -119,6 +143,7 @@ class LrlaTrainer:
         self._optimiser.load_state_dict(state["optimiser"])
         self._random.bit_generator.state = state["random"]
         self._baseline.count, self._baseline.total = (np.array(values) for values in state["baseline"])
+        self._short_weight = state["short_weight"]
 
     def export(self, path: Path, record: dict[str, Any]) -> None:
         """See `Trainer.export`."""

@@ -5,7 +5,7 @@ The bound of a problem is the best any solver proved. `--plot` draws FR against 
 """
 
 import json
-import time
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ SOLVERS = ("greedy", "packing", "pop", "swap", "lns", "beam", "learned", "exact"
 @click.option("--deadline", default=5.0, show_default=True, help="Seconds per plan.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw figures into this folder.")
 @click.option("--policy-cost", is_flag=True, help="Only: what the policy costs as clusters grow.")
+@click.option("--portfolio", is_flag=True, help="Only: `auto` against every single solver with the same time.")
+@click.option("--problem", "problems", multiple=True, help="With --portfolio: only these problems.")
+@click.option("--time", "times", multiple=True, type=float, help="With --portfolio: only these deadlines.")
 @click.option("--json", "as_json", is_flag=True)
 def planner(
     shapes: tuple[str, ...],
@@ -34,6 +37,9 @@ def planner(
     deadline: float,
     plot: Path | None,
     policy_cost: bool,
+    portfolio: bool,
+    problems: tuple[str, ...],
+    times: tuple[float, ...],
     as_json: bool,
 ) -> None:
     """Run solvers on seeded mappings: FR, slots, gap to the bound, seconds, moves."""
@@ -42,6 +48,16 @@ def planner(
 
         for line in growth():
             click.echo(json.dumps(line) if as_json else "  ".join(f"{key} {value}" for key, value in line.items()))
+        return
+    if portfolio:
+        from central.planner import bench_portfolio
+
+        rows = []
+        for row in bench_portfolio.compare(problems, times or bench_portfolio.DEADLINES_S, seeds):
+            rows.append(row)
+            click.echo(bench_portfolio.line(row), err=True)
+        found = {"summary": bench_portfolio.summary(rows), "load": list(_load())}
+        click.echo(json.dumps({**found, "results": rows} if as_json else found))
         return
     cases = [case for case in CASES if not shapes or case[0] in shapes]
     results = []
@@ -78,7 +94,7 @@ def measure(
             for mnl in mnls:
                 problem = Problem(mapping, parse_objective(objective), Limits(mnl))
                 for solver in solvers:
-                    cpu = time.process_time()
+                    cpu = _cpu_s()
                     plan = make_plan(problem, solver, deadline, seed)
                     yield {
                         "shape": name,
@@ -92,7 +108,7 @@ def measure(
                         "moves": len(plan.moves),
                         "batches": len({move.batch for move in plan.moves}),
                         "seconds": round(plan.seconds, 3),
-                        "cpu_seconds": round(time.process_time() - cpu, 3),
+                        "cpu_seconds": round(_cpu_s() - cpu, 3),
                         "bound": plan.bound,
                         "violations": 0,  # a plan with one never gets here: make_plan raises
                         "prefixes": [round(worth.fragment_rate, 5) for worth in plan.prefixes],
@@ -146,8 +162,15 @@ def _problem(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["shape"], row["objective"], row["seed"], row["mnl"]
 
 
+def _cpu_s() -> float:
+    """CPU seconds of this process and of the solvers' that have ended."""
+    from central.planner.race import settle
+
+    settle()
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
 def _load() -> tuple[float, ...]:
     """Load averages: a timing on a busy machine says so itself."""
-    import os
-
     return tuple(round(value, 2) for value in os.getloadavg())

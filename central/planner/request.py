@@ -94,7 +94,7 @@ def plan_for(mapping: Mapping, request: PlanRequest) -> Plan:
         raise UsageError("--make-room and --replan-from exclude each other: give one of them")
     if request.make_room:
         term = parse_request(request.make_room)
-        return planning.plan_by(problem, "make-room", lambda p, d, s: make_room(p, term, d, s), seconds, seed)
+        return planning.plan_by(problem, planning.MAKE_ROOM, lambda p, d, s: make_room(p, term, d, s), seconds, seed)
     if request.earlier_plan is not None:
         wishes, gone = read_wishes(request.earlier_plan, mapping, "the earlier plan")
         return planning.plan_by(problem, "replan", lambda p, d, s: replan(p, wishes, gone, d, s), seconds, seed)

@@ -27,12 +27,13 @@ def warm_up() -> None:
     from central.planner.model.problem import Deadline, Limits
     from central.planner.model.state import State, Valuation
     from central.planner.solvers.columns import Master
+    from central.planner.solvers.patterns import Pricer
     from central.planner.solvers.pricing import price_all
 
     begun = time.monotonic()
     cluster = Cluster(generate(SHAPES["tiny"], 0))
     valuation = Valuation.of(parse_objective("fr"), cluster)
-    Master(State(cluster), valuation, Limits(mnl=2)).solve(Deadline(60.0))
+    Master(Pricer(State(cluster), valuation, Limits(mnl=2))).solve(Deadline(60.0))
     if sum(price_all.stats.cache_misses.values()):
         log.warning("kernels compiled in %.0f s, once on this machine", time.monotonic() - begun)
     _warm = True

@@ -137,9 +137,12 @@ def _search(case: "Case", evaluations: int, seed: int) -> float:
 
 
 def _reporting(case: "Case") -> dict[str, float]:
-    """The first reports of a group whose every proposal is used: worst and mean over them, exploration included."""
+    """The first reports of a group: mean and worst over them, exploration included.
+
+    `reporting`: every proposal is used by all hosts. `guarded`: by the canary hosts alone, as the guard has it.
+    """
     from central.srla.online import OnlineSrla
-    from fabricpilot.config import PolicySection
+    from fabricpilot.config import GuardSection, PolicySection
 
     learner, met = OnlineSrla(PolicySection()), case.met
     used = learner.encoding.thresholds_at(met.base, np.zeros(len(met.base)))
@@ -149,7 +152,11 @@ def _reporting(case: "Case") -> dict[str, float]:
         learner.learn(summary)
         used = learner.propose(summary).thresholds or used
         values.append(case.value(used, "fct"))
-    return {"srla-reporting": float(np.mean(values)), "srla-reporting-worst": max(values)}
+    found: dict[str, float] = {}
+    for name, share in (("reporting", 1.0), ("guarded", GuardSection().canary_share)):
+        felt = [share * value + (1 - share) * case.base_value for value in values]
+        found |= {f"srla-{name}": float(np.mean(felt)), f"srla-{name}-worst": max(felt)}
+    return found
 
 
 def _scratch(

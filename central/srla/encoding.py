@@ -23,7 +23,7 @@ import numpy.typing as npt
 from central.policy.base import GroupSummary
 from central.thresholds import exact
 from central.thresholds.optimum import ascending, usable_load
-from fabricpilot.histogram import LogHistogram
+from fabricpilot.histogram import LogHistogram, bin_middles
 from fabricpilot.levels import MAX_LEVELS, Thresholds, default_thresholds
 from simulator.arrays import Floats
 from simulator.envs import observations
@@ -33,10 +33,11 @@ from simulator.schemes import equal_split
 from simulator.workloads.distribution import SizeDistribution
 
 Singles = npt.NDArray[np.float32]
-Base = Literal["exact", "split", "middle"]
+Base = Literal["exact", "split", "load", "middle"]
 Kind = Literal["compact", "paper"]
 
 ACTIONS = MAX_LEVELS - 1
+_RESOLUTION = 2**40  # counts in a histogram that is a distribution
 _MOST_BYTES = 2.0**50  # of a threshold: beyond any flow
 
 
@@ -77,10 +78,9 @@ class Encoding:
         used = slice(0, summary.levels - 1)
         if self.base == "middle":
             base[used] = math.sqrt(LOWEST_BYTES * HIGHEST_BYTES)
-        elif self.base == "split":
-            base[used] = equal_split(
-                SizeDistribution.from_histogram(summary.sizes, summary.group), summary.levels
-            ).bytes
+        elif self.base in ("split", "load"):
+            sizes = summary.sizes if self.base == "split" else by_bytes(summary.sizes)
+            base[used] = equal_split(SizeDistribution.from_histogram(sizes, summary.group), summary.levels).bytes
         else:
             counts = summary.sizes.counts
             found = _optimum(counts.tobytes(), round(usable_load(summary.load), 3), summary.levels, self.objective)
@@ -114,6 +114,14 @@ class Encoding:
         return action
 
 
+def by_bytes(sizes: LogHistogram) -> LogHistogram:
+    """The distribution of the size of the flow that a byte belongs to."""
+    if not sizes.total:
+        return sizes
+    share = sizes.counts * bin_middles()
+    return LogHistogram(np.rint(share / share.sum() * _RESOLUTION).astype(np.int64))
+
+
 def mask_of(levels: int) -> Singles:
     """1 for each action that means something with K levels."""
     return observations.level_mask(levels)
@@ -128,7 +136,7 @@ def _optimum(counts: bytes, load: float, levels: int, objective: str) -> Thresho
 def _paper(summary: GroupSummary) -> Singles:
     """AuTO's state of the sample: addresses as shares of the IPv4 space (the last 32 bits of longer ones)."""
     flows = summary.sample[-PAPER_FLOWS:]
-    ends = [[int(ipaddress.ip_address(text)) % 2**32 / 2**32 for text in (f.source, f.destination)] for f in flows]
+    ends = [[_place(text) for text in (f.source, f.destination)] for f in flows]
     table = np.array(
         [[f.source_port, f.destination_port, f.protocol, f.duration_us, f.size_bytes] for f in flows], np.float64
     ).reshape(-1, 5)
@@ -136,3 +144,11 @@ def _paper(summary: GroupSummary) -> Singles:
     return observations.paper_rows(
         addresses[:, 0], addresses[:, 1], table[:, 0], table[:, 1], table[:, 2], table[:, 3] / 1e6, table[:, 4]
     )
+
+
+def _place(address: str) -> float:
+    """Where an address lies among all, 0 to 1; what a host says may be none, and is 0 then."""
+    try:
+        return int(ipaddress.ip_address(address)) % 2**32 / 2**32
+    except ValueError:
+        return 0.0

@@ -13,6 +13,7 @@ what model and network differ by in any case. So nothing has to be run twice, as
 Noise anneals with the group's observations and never exceeds `noise_bound`; every call takes a bounded time.
 """
 
+import logging
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator.arrays import Floats
 from simulator.workloads.distribution import SizeDistribution
+
+log = logging.getLogger(__name__)
 
 _GROUPS = 4096  # remembered; the one longest silent is forgotten
 
@@ -122,6 +125,7 @@ class OnlineSrla:
         self.encoding: Encoding
         self.agent, self.encoding, _ = weights.load(path, settings=live, seed=seed)
         self._section = section
+        self._path, self._live, self._seed = path, live, seed
         self._groups: OrderedDict[str, _Group] = OrderedDict()
         self._reward: float | None = None
 
@@ -175,6 +179,8 @@ class OnlineSrla:
                 raise UsageError(f"{path} is a checkpoint of '{stored['learner']}', not of '{self.name}'")
             fresh = ddpg.Ddpg(self.agent.settings, self.agent.features, self.agent.actions, 0)
             fresh.restore(stored["agent"])
+            if not _sound(fresh):
+                raise UsageError(f"{path} holds weights that are not finite")
             groups = OrderedDict((name, _Group(*values)) for name, values in stored["groups"])
             self.agent, self._groups, self._reward = fresh, groups, stored["reward"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -183,6 +189,8 @@ class OnlineSrla:
     def _add(self, state: Singles, base: Floats, done: Thresholds, summary: GroupSummary, reward: float) -> None:
         following = self.encoding.state_of(summary, base)
         action, mask = self.encoding.action_at(base, done), mask_of(summary.levels)
+        if not all(np.isfinite(part).all() for part in (state, following, action, reward)):
+            return
         self.agent.replay.add(
             state[None],
             action[None],
@@ -195,6 +203,9 @@ class OnlineSrla:
         if len(self.agent.replay) >= self.settings.patience:
             for _ in range(self.settings.updates):
                 self.agent.update()
+            if not _sound(self.agent):
+                log.error("the learned weights are no longer finite; learning begins anew from %s", self._path.name)
+                self.agent = weights.load(self._path, settings=self._live, seed=self._seed)[0]
 
     def _reward_of(self, group: _Group, summary: GroupSummary, outcome: Outcome) -> float | None:
         """The reward, and the group's usual difference brought up to date; None where the model has no answer."""
@@ -224,6 +235,12 @@ class OnlineSrla:
         if len(self._groups) > _GROUPS:
             self._groups.popitem(last=False)
         return group
+
+
+def _sound(agent: ddpg.Ddpg) -> bool:
+    """Whether all weights are numbers."""
+    networks = (agent.actor, agent.critic, agent.actor_target, agent.critic_target)
+    return all(bool(torch.isfinite(part).all()) for network in networks for part in network.state_dict().values())
 
 
 def _finite(outcome: Outcome) -> bool:

@@ -7,6 +7,8 @@ fastest round of each counts, since whatever else runs on the machine only ever 
     hit_right_mark   the same, mark right already          rule     hit of a flow that a rule pins to a level
     ack, not_ip      no payload; nothing to account        verdict  hit of a flow with a verdict
     tables           hits among 1 k, 128 k and 1 M flows, in the order of their insertion and at random
+    prototype        a hit of the least that counts and tags (bench_prototype.py), so that machines can be compared;
+                     prototype_coarse: the same with the clock of the latest timer tick
 
 End to end: bench_live.py, beside an nftables rule set and a u32 filter. The data path measured is one of its own,
 removed at the end.
@@ -15,6 +17,7 @@ removed at the end.
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,6 +51,11 @@ def dataplane(repeat: int, rounds: int, flows: int, seconds: int, live: bool, as
         for name, value in order.items():
             click.echo(f"{count + ' ' + name:>16}  {value:6d} ns per packet, {count} flows")
     click.echo(f"{'verifier':>16}  {result['verified_instructions']:6d} instructions walked")
+    for variant, value in result.get("ns_per_64_kib", {}).items():
+        click.echo(f"{variant:>16}  {value:6d} ns per 64 KiB sent" + ("" if variant == "bare" else " more than bare"))
+    for server, ratios in result.get("server_rate_ratio", {}).items():
+        for variant, ratio in ratios.items():
+            click.echo(f"{variant:>16}  {ratio:6.3f} of the answers of {server} a second")
     for variant in result.get("throughput_ratio", ()):
         click.echo(
             f"{variant:>16}  {result['throughput_ratio'][variant]:6.3f} of the bulk throughput without, "
@@ -67,6 +75,7 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
         KernelError: there is no bpf(2) or no bcc here.
     """
     from hostagent.datapath import bpf_syscall as bpf
+    from hostagent.datapath.bench_prototype import Prototypes
     from hostagent.datapath.bench_settings import ROOM, settings
     from hostagent.datapath.bench_visit import Visitor
     from hostagent.datapath.ebpf import EbpfDatapath
@@ -77,9 +86,11 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
         datapath.apply(settings())
         program = bpf.obj_get(datapath.pin_dir / "egress")
         try:
-            with Visitor() as visitor:
+            with Visitor() as visitor, closing(Prototypes()) as prototypes:
+                paths = _paths(datapath, visitor, program, prototypes.programs, repeat, rounds)
                 return {
-                    "ns_per_packet": _paths(datapath, visitor, program, repeat, rounds),
+                    "ns_per_packet": paths,
+                    "hit_over_prototype": round(paths["hit"] / paths["prototype"], 2),
                     "tables": {
                         str(count): _table(visitor, program, count, repeat, rounds)
                         for count in sorted({min(count, largest) for count in _FLOWS})
@@ -95,7 +106,9 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
         datapath.close()
 
 
-def _paths(datapath: Any, visitor: Any, program: int, repeat: int, rounds: int) -> dict[str, int]:
+def _paths(
+    datapath: Any, visitor: Any, program: int, prototypes: dict[str, int], repeat: int, rounds: int
+) -> dict[str, int]:
     from fabricpilot.config import Rule
     from fabricpilot.wire import FlowVerdict
     from hostagent.datapath import bench_visit as frames
@@ -130,16 +143,18 @@ def _paths(datapath: Any, visitor: Any, program: int, repeat: int, rounds: int) 
         "rule": (pin, frames.DATA, repeat, 1, right),
         "verdict": (decide, frames.DATA, repeat, 1, right),
         "insert": (start_afresh, frames.SYN, inserts, 1 << 20, right),
+        **dict.fromkeys(prototypes, (control.clear, frames.DATA, repeat, 1, wrong)),
     }
     taken: dict[str, list[int]] = {name: [] for name in ("empty", *cases)}
     for _ in range(rounds):
         for name, (set_up, frame, packets, flows, tos) in cases.items():
             set_up()
+            measured = prototypes.get(name, program)
             if name != "insert":  # the flow's first packets
-                visitor.visit(program, frames.SYN, 1)
-                visitor.visit(program, frames.DATA, 20_000)
+                visitor.visit(measured, frames.SYN, 1)
+                visitor.visit(measured, frames.DATA, 20_000)
             taken["empty"].append(visitor.visit(visitor.empty, frame, packets, flows, tos=tos))
-            taken[name].append(visitor.visit(program, frame, packets, flows, tos=tos))
+            taken[name].append(visitor.visit(measured, frame, packets, flows, tos=tos))
     start_afresh()
     best = {name: min(values) for name, values in taken.items()}
     return {name: value - (0 if name == "empty" else best["empty"]) for name, value in best.items()}

@@ -6,9 +6,13 @@
     u32          a plain tc filter that matches the DSCP; it writes one where the kernel has act_pedit
 
 Variants take turns within a round, so that noise meets all of them; ratios are taken within a round, and the median of
-the rounds counts. The cost per packet of real sockets is the kernel's own account of run time (BPF_ENABLE_STATS)
-net of an empty program on the same hook and packets: "udp" has no socket to ask, "tcp" asks it and ranks by bytes sent,
-"backlog" ranks by what was written.
+the rounds counts: throughput and round trip of one connection, and what nginx and redis answer (bench_servers.py). Two
+processes on two ends scatter by several per cent however long one measures; a transfer whose both ends are one thread
+(bench_bulk.py) tells what the sender's CPU pays for each 64 KiB.
+
+The cost per packet of real sockets is the kernel's own account of run time (BPF_ENABLE_STATS) net of an empty program
+on the same hook and packets: "udp" has no socket to ask, "tcp" asks it and ranks by bytes sent, "backlog" ranks by what
+was written.
 """
 
 import os
@@ -26,6 +30,7 @@ from hostagent.datapath import bench_wire as net
 _REQUESTS: Final = 1500
 _REQUEST: Final = bytes(100)
 _SMALL_SENDS: Final = 20_000
+_TRANSFERS: Final = 5  # rounds of these for one of the others: they are short
 _BEHIND_OURS: Final = 60  # preference of the empty program's filter
 
 
@@ -39,6 +44,8 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
     Raises:
         KernelError: no right to make a network namespace, no bpf(2), no bcc or no netfilter here.
     """
+    from hostagent.datapath.bench_bulk import both_ends
+    from hostagent.datapath.bench_servers import servers
     from hostagent.datapath.bench_settings import settings
     from hostagent.datapath.ebpf import EbpfDatapath
 
@@ -46,26 +53,53 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
     datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-live-{os.getpid()}"), 131_072)
     try:
         datapath.apply(replace(settings(), use_backlog=True))
-        with net.wire():
+        with net.wire() as there, servers(there) as rates:
             variants = _variants(datapath)
-            rates: dict[str, list[float]] = {name: [] for name in variants}
-            answers: dict[str, list[float]] = {name: [] for name in variants}
-            for _ in range(rounds):
-                for name, install in variants.items():
-                    remove = install()
-                    rates[name].append(net.bulk_gbps(seconds))
-                    answers[name].append(_round_trip_us())
-                    remove()
+            kinds: dict[str, Callable[[], float]] = {
+                "bulk": lambda: net.bulk_gbps(seconds),
+                "round_trip": _round_trip_us,
+                **rates,
+            }
+            taken = _in_turn(variants, kinds, rounds)
+            with both_ends(there) as transfer:
+                alone = _in_turn(variants, {"alone": transfer.ns_per_64_kib}, rounds * _TRANSFERS)["alone"]
             return {
-                "throughput_ratio": _ratios(rates),
-                "rr_latency_ratio": _ratios(answers),
-                "bare_gbps": round(statistics.median(rates["bare"]), 2),
-                "bare_rr_us": round(statistics.median(answers["bare"]), 1),
+                "throughput_ratio": _ratios(taken["bulk"]),
+                "rr_latency_ratio": _ratios(taken["round_trip"]),
+                "server_rate_ratio": {name: _ratios(taken[name]) for name in rates},
+                "bare_gbps": round(statistics.median(taken["bulk"]["bare"]), 2),
+                "bare_rr_us": round(statistics.median(taken["round_trip"]["bare"]), 1),
+                "bare_answers_per_s": {name: round(statistics.median(taken[name]["bare"])) for name in rates},
+                "ns_per_64_kib": _net(alone),
                 "ns_per_packet": _sockets(datapath),
             }
     finally:
         datapath.detach()
         datapath.close()
+
+
+def _in_turn(
+    variants: dict[str, Callable[[], Callable[[], None]]], kinds: dict[str, Callable[[], float]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Every figure of every variant, round by round; each round begins with another variant."""
+    taken: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in variants} for kind in kinds}
+    order = list(variants)
+    for _ in range(rounds):
+        for name in order:
+            remove = variants[name]()
+            for kind, measured in kinds.items():
+                taken[kind][name].append(measured())
+            remove()
+        order.append(order.pop(0))
+    return taken
+
+
+def _net(alone: dict[str, list[float]]) -> dict[str, int]:
+    """The low end of each variant's rounds; all but bare net of it."""
+    low = {
+        name: statistics.quantiles(values, n=10)[0] if len(values) > 1 else values[0] for name, values in alone.items()
+    }
+    return {name: round(value - (0 if name == "bare" else low["bare"])) for name, value in low.items()}
 
 
 def _ratios(values: dict[str, list[float]]) -> dict[str, float]:

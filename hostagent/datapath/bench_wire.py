@@ -58,8 +58,8 @@ def enter_own_namespace() -> None:
 
 
 @contextmanager
-def wire() -> Iterator[None]:
-    """A veth device INTERFACE in this namespace, the server at its other end."""
+def wire() -> Iterator[str]:
+    """A veth device INTERFACE in this namespace, the server at its other end; yields the path of the server's."""
     from pyroute2 import IPRoute
 
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -80,7 +80,7 @@ def wire() -> Iterator[None]:
         server.stdout.readline()
         for port in (5201, ECHO_PORT, SINK_PORT):
             connected(port).close()
-        yield
+        yield there
     finally:
         server.stdin.close()  # it ends, iperf3 with it, and its namespace takes the pair along
         try:
@@ -88,6 +88,24 @@ def wire() -> Iterator[None]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread in another network namespace: sockets made meanwhile are there for good."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    other = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(other, _CLONE_NEWNET) != 0:
+            raise KernelError(f"cannot enter {namespace}: {os.strerror(ctypes.get_errno())}")
+        try:
+            yield
+        finally:
+            assert libc.setns(home, _CLONE_NEWNET) == 0
+    finally:
+        os.close(home)
+        os.close(other)
 
 
 def connected(port: int) -> socket.socket:

@@ -116,21 +116,35 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile_and_load(
-    flow_entries: int, pin_dir: Path | None, old_dir: Path | None = None, agreeing: Collection[str] = ()
-) -> dict[str, Any]:
-    """Compile and load; pin in `pin_dir` unless it is None, in which case all is gone when the child exits."""
-    started = time.monotonic()
+def compiled(flow_entries: int, macros: Mapping[str, int]) -> tuple[Any, Any]:
+    """The compiler and what it made of the programs; see `compiled_text`."""
+    return compiled_text(program_source(flow_entries, macros=macros))
+
+
+def compiled_text(source: str) -> tuple[Any, Any]:
+    """The compiler and what it made of a C text, its maps made and nothing loaded. Keeps 120 MB.
+
+    Raises:
+        KernelError: what the compiler lacks or complains of, in one line.
+    """
     if not (_UAPI_DIR / "linux" / "bpf.h").exists():
         raise KernelError("/usr/include/linux is missing; install the Debian package linux-libc-dev")
     bcc = _import_bcc()
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     flags = [f"-I{_UAPI_DIR}", f"-I{_UAPI_DIR / multiarch}", "-Wno-macro-redefined"]
-    macros, blind = _backlog_macros()
     try:
-        module = bcc.BPF(text=program_source(flow_entries, macros=macros).encode(), cflags=flags)
+        return bcc, bcc.BPF(text=source.encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
         raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
+
+
+def _compile_and_load(
+    flow_entries: int, pin_dir: Path | None, old_dir: Path | None = None, agreeing: Collection[str] = ()
+) -> dict[str, Any]:
+    """Compile and load; pin in `pin_dir` unless it is None, in which case all is gone when the child exits."""
+    started = time.monotonic()
+    macros, blind = backlog_macros()
+    bcc, module = compiled(flow_entries, macros)
     maps = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
     kept = _take_over(maps, old_dir, agreeing) if old_dir is not None else []
     try:
@@ -181,14 +195,14 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _backlog_macros() -> tuple[Mapping[str, int], str]:
+def backlog_macros() -> tuple[Mapping[str, int], str]:
     """Offsets for ebpf/socket.h, and why there are none where there are none."""
-    from hostagent.datapath.backlog_offsets import KERNEL_BTF, backlog_macros
+    from hostagent.datapath import backlog_offsets
 
     try:
-        return backlog_macros(), ""
+        return backlog_offsets.backlog_macros(), ""
     except OSError:
-        return {}, f"{KERNEL_BTF} is missing: the kernel was built without CONFIG_DEBUG_INFO_BTF"
+        return {}, f"{backlog_offsets.KERNEL_BTF} is missing: the kernel was built without CONFIG_DEBUG_INFO_BTF"
     except (KeyError, ValueError) as error:
         return {}, f"the kernel's BTF does not tell where it is: {error.args[0]}"
 

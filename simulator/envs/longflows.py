@@ -11,13 +11,12 @@ from fabricpilot.levels import check_levels, default_thresholds
 from simulator.engine import Simulation
 from simulator.envs import rewards
 from simulator.envs.observations import Features, log_size, log_time
+from simulator.longflows import on_links, paper_reward, throughputs, told, traffic
 from simulator.results import ActiveFlows, FlowResults
 from simulator.schemes import scheme
 from simulator.topology import leaf_spine
 from simulator.workloads.arrivals import mean_gap_s
 from simulator.workloads.distribution import SizeDistribution
-from simulator.workloads.placement import all_to_all
-from simulator.workloads.trace import Trace
 
 REWARD_CAP = 3.0
 _OWN_FEATURES = 9  # besides the two per route
@@ -48,9 +47,11 @@ class LongFlows(gym.Env[Features, npt.NDArray[np.int64]]):
     | 7, 8 | other flows of its sender, of its receiver, over 16 |
     | 9... | flows on the way up from its leaf, per route, over 16; then on the way down to its receiver's leaf |
 
+    lRLA's own network sees any number of flows (`central/lrla`); traffic and the paper's reward are the same there.
+
     ## Rewards
     `reward="ratio"` (the paper's): sum of size/FCT of the long flows that ended, over the same of the step before, at
-    most 3 and 1 where a step has none. `reward="slowdown"` (default): minus the log of the mean slowdown of all flows
+    most 3 and 1 where that has none. `reward="slowdown"` (default): minus the log of the mean slowdown of all flows
     that ended.
 
     ## Starting State
@@ -65,6 +66,7 @@ class LongFlows(gym.Env[Features, npt.NDArray[np.int64]]):
     - `send_buffer_bytes`: how much backlog is visible. - `control_delay_s`: verdicts take effect so much later.
 
     ## Version History
+    - v1: a flow is long as soon as it has reached the last threshold; a step in which none ends has the ratio 0.
     - v0: first version.
     """
 
@@ -131,11 +133,11 @@ class LongFlows(gym.Env[Features, npt.NDArray[np.int64]]):
             self._simulation.set_verdict(flow, level=level, route=route)
         results = self._traffic()
         now = self._throughput(results)
-        # The objective grows here, so this step stands above the step before.
-        reward = (
-            rewards.ratio(now, self._before, REWARD_CAP) if self._reward == "ratio" else rewards.mean_slowdown(results)
-        )
-        self._before = now or self._before
+        if self._reward == "ratio":
+            reward = float(paper_reward(self._before, now, REWARD_CAP))
+        else:
+            reward = rewards.mean_slowdown(results)
+        self._before = now
         self._done += 1
         observation = self._observe()
         return observation, reward, False, self._done >= self._steps, self._info(results)
@@ -149,24 +151,18 @@ class LongFlows(gym.Env[Features, npt.NDArray[np.int64]]):
         return masks.ravel()
 
     def _traffic(self) -> FlowResults:
-        rng, fabric_load = self.np_random, self._load * self._topology.hosts
-        gap_s = mean_gap_s(self._distribution, fabric_load, self._rate_bps, overload=True)
-        arrivals = int(rng.poisson(self._interval_s / gap_s))
-        if arrivals:
-            # Given their number, the arrivals of a Poisson process are uniform.
-            start_s = self._begin_s + np.sort(rng.uniform(0, self._interval_s, arrivals))
-            trace = Trace.of(start_s, self._distribution.sample(rng, arrivals))
-            self._simulation.add(all_to_all(trace, self._topology.hosts, rng))
+        kind = self._distribution, self._load, self._topology, self._rate_bps
+        if (trace := traffic(*kind, self._begin_s, self._interval_s, self.np_random)) is not None:
+            self._simulation.add(trace)
         self._begin_s += self._interval_s
         return self._simulation.run_until(self._begin_s)
 
     def _throughput(self, results: FlowResults) -> float:
-        long = results.size_bytes > self._long_bytes
-        return rewards.throughput(results.size_bytes[long], results.fct_s[long])
+        return float(throughputs(results.rows(results.size_bytes > self._long_bytes), self._topology.hosts).sum())
 
     def _observe(self) -> Features:
         active = self._simulation.active()
-        chosen = np.flatnonzero(active.attained_bytes > self._long_bytes)[: self._slots]
+        chosen = np.flatnonzero(told(active, self._long_bytes))[: self._slots]
         self._long = ActiveFlows(*(getattr(active, name)[chosen] for name in active.__dataclass_fields__))
         rows = np.zeros((self._slots, _OWN_FEATURES + 2 * self._topology.routes), np.float32)
         n, now_s, long = len(chosen), self._simulation.now_s, self._long
@@ -184,14 +180,11 @@ class LongFlows(gym.Env[Features, npt.NDArray[np.int64]]):
             rows[:n, _OWN_FEATURES:] = self._route_counts(active, long) / 16
         return np.clip(rows, 0.0, 1.0)
 
-    def _route_counts(self, active: ActiveFlows, long: ActiveFlows) -> npt.NDArray[np.float64]:
+    def _route_counts(self, active: ActiveFlows, long: ActiveFlows) -> npt.NDArray[np.int64]:
         """Flows per route on the uplinks of each flow's leaf, then on the downlinks of its receiver's."""
-        leaf, routes = self._topology.leaf, self._topology.routes
-        far = leaf[active.host] != leaf[active.destination]
-        counts = np.zeros((2, self._topology.leaves, routes))
-        np.add.at(counts[0], (leaf[active.host[far]], active.route[far]), 1)
-        np.add.at(counts[1], (leaf[active.destination[far]], active.route[far]), 1)
-        return np.concatenate([counts[0][leaf[long.host]], counts[1][leaf[long.destination]]], axis=1)
+        leaf = self._topology.leaf
+        up, down = on_links(self._topology, active.host, active.destination, active.route)
+        return np.concatenate([up[leaf[long.host]], down[leaf[long.destination]]], axis=1)
 
     def _info(self, results: FlowResults) -> dict[str, Any]:
         occupied = np.arange(self._slots) < len(self._long)

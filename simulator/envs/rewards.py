@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from simulator.arrays import Floats
 from simulator.results import FlowResults, p99
 
 
@@ -33,11 +32,6 @@ def mean_slowdown(results: FlowResults) -> float:
 def p99_slowdown(results: FlowResults) -> float:
     """Minus the log of the 99th percentile of slowdown; 0 at best."""
     return -float(np.log(p99(results.slowdown))) if len(results) else 0.0
-
-
-def throughput(size_bytes: Floats, fct_s: Floats) -> float:
-    """Sum of size over FCT of the finished long flows, bytes per second: AuTO's lRLA is rewarded by its ratio."""
-    return float((size_bytes / fct_s).sum()) if len(size_bytes) else 0.0
 
 
 KINDS: dict[str, Callable[[FlowResults], float]] = {

@@ -73,12 +73,12 @@ class StarPlan:
     receivers: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.senders <= MAX_SENDERS:
+            raise UsageError(f"{self.senders} senders; the star has 1 to {MAX_SENDERS}")
         if not 1 <= self.receivers <= min(MAX_RECEIVERS, self.senders):
             raise UsageError(
                 f"{self.receivers} receivers; the star has 1 to {MAX_RECEIVERS}, and as many senders at least"
             )
-        if not 1 <= self.senders <= MAX_SENDERS:
-            raise UsageError(f"{self.senders} senders; the star has 1 to {MAX_SENDERS}")
 
     @property
     def switch(self) -> str:

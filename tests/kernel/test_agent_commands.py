@@ -205,11 +205,14 @@ def test_detach_puts_everything_back(host):
     assert refused.returncode == 1
     assert f"pid {host.status()['pid']}" in refused.stderr
     assert end(agent, signal.SIGTERM) == 0
-    assert "nic" in host.agent("detach", "--dry-run").stdout
+    told = host.agent("detach", "--dry-run").stdout.splitlines()
+    assert [line.rpartition(" ")[0] for line in told[:1]] == ["would remove the ebpf data path from"]
+    assert told[1] == "nic: would restore the queues: tc qdisc del dev nic root"
     assert host.state() != before
     assert host.agent("detach").returncode == 0
     assert host.state() == before
     assert "nothing" in host.agent("detach").stdout
+    assert "nothing" in host.agent("detach", "--dry-run").stdout
 
 
 def test_detach_on_exit(host):

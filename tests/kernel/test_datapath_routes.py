@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 from datapath_kit import bpf_file_system, in_netns, run
+from datapath_wire import wait_for_gap
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, Rule, load
@@ -377,7 +378,7 @@ def test_a_message_takes_the_new_route_from_its_first_packet(fabric, version):
         for route in (1, 0, 1):
             transfer.send(100_000)
             control.take([transfer.verdict(route, ttl_s=60.0 if route else 0)])
-            time.sleep(0.5)  # all is acknowledged, and the connection idle
+            wait_for_gap(transfer.socket)
             assert_all_by(moved(fabric, transfer, 300_000), route, 300_000)
     finally:
         transfer.close()

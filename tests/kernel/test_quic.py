@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from datapath_kit import in_netns
-from datapath_wire import ADDRESSES, SETTINGS, captured
+from datapath_wire import ADDRESSES, SETTINGS, captured, on_one_cpu
 
 aioquic_server = pytest.importorskip("aioquic.asyncio", reason="needs aioquic (pip install 'fabricpilot[quic]')")
 
@@ -89,7 +89,7 @@ def test_a_quic_connection_sinks_by_its_bytes(host, tmp_path):
     files = certificate(tmp_path)
 
     def run_server() -> None:
-        with in_netns(host.sender):
+        with in_netns(host.sender), on_one_cpu():
             asyncio.run(serve(files, ready, stop))
 
     thread = threading.Thread(target=run_server)

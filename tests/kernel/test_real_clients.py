@@ -19,7 +19,19 @@ from pathlib import Path
 
 import pytest
 from datapath_kit import in_netns, run
-from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, captured, first_time, message_at
+from datapath_wire import (
+    ADDRESSES,
+    PORT,
+    SETTINGS,
+    Host,
+    captured,
+    first_time,
+    levels_at,
+    message_at,
+    on_one_cpu,
+    sent_again,
+    wait_for_gap,
+)
 
 from fabricpilot.levels import Thresholds
 from hostagent.datapath.base import MessageRule
@@ -178,11 +190,11 @@ def test_each_response_of_a_keep_alive_connection_begins_at_the_top(host, tmp_pa
                 assert head.startswith(b"HTTP/1.1 200 "), head
                 assert len(answers.read(FILES[name])) == FILES[name]
                 lengths.append(len(head) + FILES[name])
-                time.sleep(0.06)
-    met = set()
+                wait_for_gap(connection, 0.1)
+    met, again_bytes = set(), sent_again(capture.packets)
     for place, seen in first_time(capture.packets):
         number, position = message_at(place, lengths)
-        assert seen.dscp == SETTINGS.dscp[SETTINGS.thresholds.level_of(position)], (wanted[number], position)
+        assert seen.dscp in levels_at(position, again_bytes), (wanted[number], position)
         met.add(number)
     assert met == set(range(len(wanted)))
     assert host.datapath.counters()["messages_finished"] >= len(wanted) - 1
@@ -201,7 +213,7 @@ def test_udp_as_quic_sends_it(host):
         for opened in (receiver, *senders):
             stack.enter_context(opened)
         began = time.monotonic()
-        with captured(host.receiver) as capture:
+        with captured(host.receiver) as capture, on_one_cpu():
             for number in range(count):
                 for sender in senders:
                     sender.sendto(struct.pack("!I", number) + bytes(datagram_bytes - 4), (CLIENT, PORT))

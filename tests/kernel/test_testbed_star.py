@@ -25,7 +25,7 @@ from testbed.netns.enter import argv_in, call_in
 from testbed.netns.programs import Programs
 from testbed.netns.registry import Run, clean
 from testbed.netns.star import BOTTLENECK_PORT, DATA_PORT, StarPlan
-from testbed.netns.switch_port import port_counters, shape
+from testbed.netns.switch_port import parse_counters, port_counters, shape
 from testbed.netns.tcp import base_rtt_us, tcp_counters
 
 
@@ -87,6 +87,21 @@ def test_number_of_senders_is_bounded(run: Run) -> None:
     for senders in (0, 65):
         with pytest.raises(UsageError, match="the star has 1 to 64"):
             StarPlan(run, senders)
+    with pytest.raises(UsageError, match="3 receivers"):
+        StarPlan(run, 2, receivers=3)
+
+
+def test_flows_go_to_their_senders_receiver_only(run: Run, tmp_path: Path) -> None:
+    star = StarPlan(run, 2, receivers=2)
+    star.build()
+    programs = Programs(run, tmp_path / "logs")
+    shape(programs, star, 100_000_000, 64_000, None)
+    trace = RecordedTrace(np.array([0, 0, 0]), np.array([100_000, 200_000, 300_000]), np.array([0, 1, 1]))
+    assert replay(star, programs, trace, tmp_path, drain_s=10).lost == 0
+    shown = ["tc", "-s", "qdisc", "show", "dev"]
+    sent = [parse_counters(programs.run_in(star.switch, [*shown, port, "root"])).sent_bytes for port in ("rx", "rx1")]
+    assert sent == [pytest.approx(100_000, rel=0.1), pytest.approx(500_000, rel=0.1)]
+    assert port_counters(programs, star).sent_bytes >= sum(sent)
 
 
 def test_small_trace_runs_to_its_end(run: Run, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def beam(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     with torch.no_grad():
         tokens = Tokens(policy, [plans[0].observer])
         while plans and not deadline.over:
+            deadline.board.sketch(best.steps)
             options = _continuations(policy, tokens, plans)
             grown: list[_Plan] = []
             parents: list[int] = []

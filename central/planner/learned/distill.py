@@ -29,6 +29,7 @@ from central.planner.model.problem import Deadline, Limits, Problem
 from central.planner.solvers.columns import Master
 from central.planner.solvers.greedy import Walk
 from central.planner.solvers.grouped import Counts
+from central.planner.solvers.patterns import Pricer
 from central.planner.solvers.tables import Singles
 
 OBJECTIVES = ("fr", "fr", "fr", "mixed", "multi")
@@ -71,8 +72,8 @@ def lessons(policy: Policy, problem: Problem, settings: Settings, random: np.ran
     walk = Walk(problem)
     generator = torch.Generator().manual_seed(int(random.integers(2**31)))
     steps = int(random.integers(0, max(1, int(settings.walked * problem.limits.mnl)) + 1))
-    observer = roll(policy, [walk], generator, Cut(), stop=lambda: walk.budget.moves >= steps)[0].observer
-    master = Master(walk.state, walk.valuation, replace(problem.limits, mnl=walk.budget.moves_left))
+    observer = roll(policy, [walk], generator, Cut(), stop=lambda paths: walk.budget.moves >= steps)[0].observer
+    master = Master(Pricer(walk.state, walk.valuation, replace(problem.limits, mnl=walk.budget.moves_left)))
     result = master.solve(Deadline(5.0))
     if result.flow is None or not result.flow.arriving:
         return []

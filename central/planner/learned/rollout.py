@@ -93,7 +93,7 @@ def roll(
     walks: Sequence[Walk],
     generator: torch.Generator,
     cut: Cut,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[Sequence[Trajectory]], bool] = lambda paths: False,
     keep: bool = False,
 ) -> list[Trajectory]:
     """Walk every one of `walks` until its budget is used up, the goal is met, nothing is legal, or `stop()`."""
@@ -102,7 +102,7 @@ def roll(
         path.over = path.walk.budget.moves_left <= 0 or path.walk.reached()
     with torch.no_grad():
         tokens = Tokens(policy, [path.observer for path in paths])
-        while not stop() and any(not path.over for path in paths):
+        while not stop(paths) and any(not path.over for path in paths):
             _advance(policy, tokens, paths, generator, cut, keep)
     return paths
 

@@ -62,7 +62,13 @@ def sample(
     walks = [Walk(problem, cluster) for _ in range(options.samples)]
     generator = torch.Generator().manual_seed(seed)
     cut = Cut(options.vm_quantile, options.place_quantile, options.temperature, greedy_first=True)
-    return roll(policy, walks, generator, cut, stop=lambda: deadline.over)
+
+    def stop(paths: Sequence[Trajectory]) -> bool:
+        best = best_of(paths)
+        deadline.board.sketch(best.walk.steps[: best.length])
+        return deadline.over
+
+    return roll(policy, walks, generator, cut, stop)
 
 
 def best_of(paths: Sequence[Trajectory]) -> Trajectory:

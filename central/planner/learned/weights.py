@@ -1,6 +1,7 @@
 """Weights in files: plain arrays (.npz, no pickle), the network's sizes and how they were trained beside them."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,16 @@ def load(path: Path = DEFAULT) -> tuple[Policy, dict[str, Any]]:
         raise UsageError(f"weights {path}: {error}; train some with `fabricpilot plan train`") from None
     policy.eval()
     return policy, dict(about["training"])
+
+
+@cache
+def warm_up() -> None:
+    """Load the policy's libraries and take its first steps, which are slow, before anybody's clock starts."""
+    from central.planner.generator import SHAPES, generate
+    from central.planner.learned.solver import Options, sample
+    from central.planner.model.objective import parse_objective
+    from central.planner.model.problem import Deadline, Limits, Problem
+
+    torch.set_num_threads(1)  # solvers run in forked children, which must not meet another's threads; few gain from two
+    problem = Problem(generate(SHAPES["tiny"], 0), parse_objective("fr"), Limits(mnl=2))
+    sample(problem, Deadline(60.0), 0, Options())

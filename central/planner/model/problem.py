@@ -1,12 +1,13 @@
 """A planning problem: a mapping, an objective and limits; the clock it has; what a solver hands back.
 
 A solver is a function `(Problem, Deadline, seed) -> Solution`. Its moves are in executable order, and are checked by
-code that did not make them before anybody sees them.
+code that did not make them before anybody sees them. With the deadline comes a board: a solver leaves there what it has
+so far, because it may be abandoned when its time is over, and finds there what others have found.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from central.planner.model.mapping import Mapping
 from central.planner.model.objective import Objective
@@ -53,13 +54,28 @@ class Solution:
     impossible: bool = False  # proven: no plan within the limits reaches the goal
 
 
+class Board:
+    """Where plans are left before a solver is done. This one is nobody's: what is left here is gone."""
+
+    def post(self, solution: Solution) -> None:
+        """Leave a plan that may be handed out if nothing better comes."""
+
+    def sketch(self, steps: Sequence[Step]) -> None:
+        """Leave the moves made so far; cheap enough to be called after every move."""
+
+    def latest(self) -> tuple[Step, ...]:
+        """The best plan that others have left since this was asked last; no moves if there is none."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on the monotonic clock after which a solver must come back with what it has."""
+    """A moment on the monotonic clock after which a solver must come back with what it has; the board until then."""
 
     seconds: float
     clock: Callable[[], float] = time.monotonic
     started: float = -1.0  # by that clock; now, if not given
+    board: Board = field(default_factory=Board)
 
     def __post_init__(self) -> None:
         if self.started < 0.0:
@@ -82,7 +98,7 @@ class Deadline:
 
     def part(self, share: float) -> "Deadline":
         """A deadline that ends after `share` of what is left."""
-        return Deadline(self.left_s * share, self.clock)
+        return Deadline(self.left_s * share, self.clock, board=self.board)
 
 
 def check_limits(limits: Limits, vms: Sequence[object]) -> None:

@@ -36,30 +36,15 @@ LEAST_STEP_S = 0.02  # a step that begins with less than this left is not begun
 class Master:
     """The restricted master program over the columns generated so far."""
 
-    def __init__(
-        self,
-        state: State,
-        valuation: Valuation,
-        limits: Limits,
-        spent: Budget | None = None,
-        cost_per_gb: float = 0.0,
-    ) -> None:
-        """Build it.
-
-        Args:
-            state: where everything is.
-            valuation: what slots are worth.
-            limits: what is still allowed from this state on; caps per PM and tenant as they were at the start.
-            spent: what the moves before this state have used up of those caps.
-            cost_per_gb: value taken off per GB of memory copied.
-        """
-        self.state, self.cluster, self.valuation = state, state.cluster, valuation
-        self.pricer = Pricer(state, valuation, limits, spent, cost_per_gb)
-        self.ties = self.pricer.ties
+    def __init__(self, pricer: Pricer) -> None:
+        """Build it; `pricer` knows state, valuation and limits, and makes the columns."""
+        self.pricer = pricer
+        self.state, self.cluster, self.valuation = pricer.state, pricer.cluster, pricer.valuation
+        self.ties = pricer.ties
         self.columns: list[Pattern] = []
         self.bound = INFINITY
         self.duals: Floats = np.zeros(self.ties.size)
-        self.whole = cost_per_gb == 0.0 and all(float(one).is_integer() for one in valuation.coefficients)
+        self.whole = not pricer.cost_per_mb and all(float(one).is_integer() for one in self.valuation.coefficients)
 
     def allow(self, mnl: int) -> None:
         """From now on at most that many moves. The columns stay."""
@@ -212,7 +197,7 @@ def fewest(
     the number of moves.
     """
     before = valuation.value(state.cluster, state.free_cores, state.free_mem_mb)
-    master = Master(state, valuation, limits, spent)
+    master = Master(Pricer(state, valuation, limits, spent))
     low, high = 1, limits.mnl  # low: no fewer moves can do; high: the fewest known to do, or the limit
     flow: Flow | None = None
     trial = min(high, max(low, int(np.ceil(value_needed - before))))  # about one slot a move

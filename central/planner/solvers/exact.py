@@ -16,10 +16,10 @@ from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Limits, Problem, Solution, Step
 from central.planner.model.state import Valuation
 from central.planner.solvers import columns
-from central.planner.solvers.cycles import orderable
+from central.planner.solvers.cycles import least_extra
 from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.grouped import Flow, Grouped, Result, flow_between
-from central.planner.solvers.patterns import applies
+from central.planner.solvers.patterns import Pricer, applies
 from central.planner.solvers.program import INFINITY
 from central.planner.solvers.realise import realise
 from central.planner.solvers.swap import look_ahead
@@ -44,9 +44,13 @@ def first_plan(problem: Problem, cluster: Cluster, deadline: Deadline) -> Walk:
     """
     best = Walk(problem, cluster)
     look_ahead(best, deadline)
+    deadline.board.post(Solution(tuple(best.steps)))
     plain = Walk(problem, cluster)
     descend(plain, deadline.part(GREEDY_SHARE))
-    return plain if better(plain, best) else best
+    if not better(plain, best):
+        return best
+    deadline.board.post(Solution(tuple(plain.steps)))
+    return plain
 
 
 def cluster_of(problem: Problem) -> Cluster:
@@ -67,6 +71,10 @@ def improve(
     result = solve_counts(after, deadline, hint, seed)
     if result.infeasible:
         return Solution(impossible=True), before
+    bound = None
+    if np.isfinite(result.bound) and after.value_needed is None and not problem.objective.cost_per_gb:
+        bound = max(0.0, after.valuation.objective(result.bound))
+        deadline.board.post(Solution(tuple(before.steps), bound))
     notes: tuple[str, ...] = ()
     proven = False
     if result.flow is not None:
@@ -75,18 +83,17 @@ def improve(
             descend(after, deadline)  # the moves that are left may gain elsewhere
         proven = result.proven and done.complete and not done.extra
         if done.extra:
-            needed = orderable(Walk(problem, cluster).state, result.flow) is False
-            proof = "at least 1 is needed: proven" if needed else "not proven to be the fewest"
+            least = least_extra(Walk(problem, cluster).state, result.flow, done.extra)
+            proof = f"at least {least} needed: proven" if least else "not proven to be the fewest"
             notes += (f"{done.extra} extra moves through a spare place break a cycle ({proof})",)
-    bound = None
-    if np.isfinite(result.bound):
+    if np.isfinite(result.bound) and after.value_needed is not None:
         least = int(np.ceil(-result.bound - 1e-6))
-        if after.value_needed is not None and least > 1:
+        if least > 1:
             notes += (f"no plan of fewer than {least} moves reaches the goal: proven",)
-        if after.value_needed is None and not problem.objective.cost_per_gb:
-            bound = max(0.0, after.valuation.objective(result.bound))
     best = after if better(after, before) else before
-    return Solution(tuple(best.steps), bound, notes, proven), best
+    solution = Solution(tuple(best.steps), bound, notes, proven)
+    deadline.board.post(solution)
+    return solution, best
 
 
 def better(one: Walk, other: Walk) -> bool:
@@ -106,6 +113,15 @@ def walk_along(problem: Problem, cluster: Cluster, steps: Sequence[Step]) -> Wal
     for step in steps:
         walk.go(step.vm, cluster.place_index(step.vm, step.target))
     return walk
+
+
+def best_known(mine: Walk, deadline: Deadline) -> Walk:
+    """`mine`, or the plan on the board if that is better."""
+    steps = deadline.board.latest()
+    if not steps:
+        return mine
+    other = walk_along(mine.problem, mine.cluster, steps)
+    return other if better(other, mine) else mine
 
 
 def limits_left(walk: Walk) -> Limits:
@@ -132,12 +148,12 @@ def solve_counts(walk: Walk, deadline: Deadline, hint: Flow | None, seed: int) -
     if by_pm and walk.value_needed is None:
         bound = INFINITY
         if limits.per_pm is not None:  # mostly the cap does not bind; else the bound without it is had
-            free = columns.Master(state, valuation, replace(limits, per_pm=None), walk.budget, cost)
+            free = columns.Master(Pricer(state, valuation, replace(limits, per_pm=None), walk.budget, cost))
             first = free.solve(deadline.part(UNCAPPED_SHARE), seed=seed)
             if first.flow is not None and _within(walk, first.flow):
                 return first
             bound = first.bound
-        master = columns.Master(state, valuation, limits, walk.budget, cost)
+        master = columns.Master(Pricer(state, valuation, limits, walk.budget, cost))
         first = _bounded(master.solve(deadline.part(GENERATE_SHARE), start=hint, seed=seed), bound)
         hint = first.flow or hint
         # Tenants are groups of their own in the grouped program; that is another cluster, and rarely pays.

@@ -114,6 +114,7 @@ def descend(walk: Walk, deadline: Deadline) -> None:
         if found is None:
             return
         walk.go(*found)
+        deadline.board.sketch(walk.steps)
 
 
 def best_move(walk: Walk, least: float | None = None) -> tuple[int, int] | None:

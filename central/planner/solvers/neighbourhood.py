@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from central.planner.model.cluster import Cluster, Ints
 from central.planner.model.problem import Deadline, Problem, Solution, Step
-from central.planner.solvers.exact import THREADS, better, cluster_of, walk_along
+from central.planner.solvers.exact import THREADS, best_known, better, cluster_of, walk_along
 from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.program import Program
 from central.planner.solvers.swap import look_ahead
@@ -44,7 +44,7 @@ def search(
     score: Score | None = None,
     enough: Callable[[Walk], bool] = lambda walk: False,
 ) -> Walk:
-    """Improve a plan until time is up or it is `enough`."""
+    """Improve a plan, or a better one that others find meanwhile, until time is up or it is `enough`."""
     random = np.random.default_rng(seed)
     best = walk_along(problem, cluster, steps)
     plain = problem.limits.per_pm is None and problem.limits.per_tenant is None
@@ -52,6 +52,7 @@ def search(
         return best
     weigh = score or fragments
     while deadline.left_s > LEAST_STEP_S and not enough(best) and not best.reached():
+        best = best_known(best, deadline)
         weight = weigh(best)
         size = min(PMS, int((weight > 0).sum()))
         if size < 2:
@@ -64,6 +65,7 @@ def search(
                 descend(walk, deadline)  # moves the neighbourhood saved may gain elsewhere
                 if better(walk, best):
                     best = walk
+                    deadline.board.post(Solution(tuple(best.steps)))
     return best
 
 

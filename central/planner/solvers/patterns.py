@@ -66,6 +66,15 @@ class Pricer:
         spent: Budget | None = None,
         cost_per_gb: float = 0.0,
     ) -> None:
+        """Look at every PM.
+
+        Args:
+            state: where everything is.
+            valuation: what slots are worth.
+            limits: what is still allowed from this state on; caps per PM and tenant as they were at the start.
+            spent: what the moves before this state have used up of those caps.
+            cost_per_gb: value taken off per GB of memory copied.
+        """
         self.state, self.cluster, self.valuation = state, state.cluster, valuation
         self.ties = Ties(self.cluster, limits, spent)
         self.cost_per_mb = cost_per_gb / 1024

@@ -1,6 +1,7 @@
 """Partitioned optimisation (POP; Narayanan et al., SOSP 21): split the PMs at random, solve each part exactly.
 
-Each part gets its share of MNL and of the time, and the grouped program. The parts' counts are realised together.
+Each part gets its share of MNL and of the time, and the grouped program. Parts share no PM, so the moves of each are
+put in order as soon as they are known.
 """
 
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 from central.planner.model.cluster import Cluster
 from central.planner.model.problem import Deadline, Problem, Solution
 from central.planner.solvers.greedy import Walk
-from central.planner.solvers.grouped import Counts, Flow, Grouped
+from central.planner.solvers.grouped import Grouped
 from central.planner.solvers.realise import realise
 
 PMS_PER_PART = 70
@@ -22,8 +23,6 @@ def pop(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     walk = Walk(problem, cluster)
     active = np.unique(cluster.node_pm[cluster.node_active])
     parts = np.array_split(np.random.default_rng(seed).permutation(active), max(1, round(len(active) / PMS_PER_PART)))
-    leaving: Counts = {}
-    arriving: Counts = {}
     limits = problem.limits
     for number, part in enumerate(parts):
         mask = np.zeros(len(problem.mapping.pms), dtype=np.bool_)
@@ -36,7 +35,6 @@ def pop(problem: Problem, deadline: Deadline, seed: int) -> Solution:
         program = Grouped(walk.state, walk.valuation, share, pms=mask)
         result = program.solve(deadline.left_s * 0.9 / (len(parts) - number), seed=seed)
         if result.flow is not None:
-            leaving |= result.flow.leaving
-            arriving |= result.flow.arriving
-    realise(walk, Flow(leaving, arriving), deadline, seed)
+            realise(walk, result.flow, deadline, seed)
+            deadline.board.post(Solution(tuple(walk.steps)))
     return Solution(tuple(walk.steps))

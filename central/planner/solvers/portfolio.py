@@ -1,19 +1,22 @@
 """`auto`: the anytime portfolio.
 
-Logic: (1) the look-ahead heuristic, and plain greedy if there is time: good plans in a fraction of a second, whatever
-else happens. (2) the exact solver from the better of them, with all the time there is; if its plan meets the bound,
-nothing can be added. (3) what time is left goes to vector packing and to large-neighbourhood search of the best, which
-treats anti-affinity exactly. The best plan wins: highest value (or fewest moves to the goal), then fewest moves; the
-caller's checker replays it. Steps (1) and (2) are what `exact` does, and (3) only replaces a plan by a better one.
+Logic: two lanes. The first, `auto` itself, is (1) the look-ahead heuristic, and plain greedy if there is time: good
+plans in a fraction of a second, whatever else happens; (2) the exact solver from the better of them, with all the time
+there is; if its plan meets the bound, nothing can be added; (3) what time is left goes to large-neighbourhood search of
+the best, which treats anti-affinity exactly. `beside` runs on a second core: every other solver, the quick ones first,
+each from the best plan that either lane has found where it can use one. The judge keeps the best of all they post, so
+`auto` is no worse than `exact`, `swap` and `greedy` in the same time, nor than any other solver that `beside` gets to;
+and once the bound is met, than none. With one core only the first lane runs.
 """
 
 from central.planner.model.problem import Deadline, Problem, Solution
-from central.planner.solvers.exact import better, cluster_of, first_plan, improve, walk_along
-from central.planner.solvers.greedy import Walk
+from central.planner.solvers.exact import best_known, better, cluster_of, first_plan, improve, walk_along
+from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.neighbourhood import search
 from central.planner.solvers.packing import packing
+from central.planner.solvers.pop import pop
 
-PACKING_SHARE = 0.3  # of what is left after the exact solver
+PACKING_SHARE = 0.3  # of what is left after the exact solver, on one core
 
 
 def auto(problem: Problem, deadline: Deadline, seed: int) -> Solution:
@@ -29,6 +32,21 @@ def auto(problem: Problem, deadline: Deadline, seed: int) -> Solution:
             best = walk
     best = search(problem, cluster, best.steps, deadline, seed, enough=lambda walk: _met(walk, solution.bound))
     return Solution(tuple(best.steps), solution.bound, solution.notes)
+
+
+def beside(problem: Problem, deadline: Deadline, seed: int) -> Solution:
+    """What is worth trying while the exact solver works."""
+    cluster = cluster_of(problem)
+    best = Walk(problem, cluster)
+    descend(best, deadline)
+    deadline.board.post(Solution(tuple(best.steps)))
+    for solver, share in ((packing, 1.0), (pop, 0.35)):
+        found = walk_along(problem, cluster, solver(problem, deadline.part(share), seed).steps)
+        if better(found, best):
+            best = found
+            deadline.board.post(Solution(tuple(best.steps)))
+    best = search(problem, cluster, best_known(best, deadline).steps, deadline, seed + 1)
+    return Solution(tuple(best.steps))
 
 
 def _met(walk: Walk, bound: float | None) -> bool:

@@ -8,6 +8,8 @@ from fabricpilot.errors import UsageError
 
 Solver = Callable[[Problem, Deadline, int], Solution]
 
+BESIDE = "beside auto"  # what `auto` runs on a second core
+
 # name: (module below central.planner, function, one line for --help)
 SOLVERS = {
     "auto": ("solvers.portfolio", "auto", "anytime portfolio: the best checked plan of all under the deadline"),
@@ -34,3 +36,17 @@ def solver(name: str) -> Solver:
     module, function, _ = SOLVERS[name]
     found: Solver = getattr(import_module(f"central.planner.{module}"), function)
     return found
+
+
+def lanes_of(name: str) -> list[tuple[str, Solver]]:
+    """What runs side by side for the solver of that name, the most important first.
+
+    Raises:
+        UsageError: there is none.
+    """
+    lanes = [(name, solver(name))]
+    if name == "auto":
+        from central.planner.solvers.portfolio import beside
+
+        lanes.append((BESIDE, beside))
+    return lanes

@@ -34,6 +34,7 @@ def look_ahead(walk: Walk, deadline: Deadline) -> None:
         descend(walk, deadline)
         if walk.value() > best + 1e-9:
             best, length = walk.value(), len(walk.steps)
+            deadline.board.sketch(walk.steps)
         if walk.budget.moves_left < 2 or deadline.over or walk.reached():
             break
         if not _best_swap(walk):

@@ -145,6 +145,20 @@ def test_a_state_folder_that_cannot_be(tmp_path):
         state_folder(config)
 
 
+def test_a_learner_killed_while_it_writes_goes_on_from_the_checkpoint_before(tmp_path):
+    process = worker("Dawdling", tmp_path)
+    process.submit(LESSON)
+    assert collect(process).answer.stats.transitions == 1
+    process.submit(LESSON)
+    assert collect(process).answer.stats.transitions == 2
+    process.close(grace_s=1.0)  # asks it for the last checkpoint, waits, and kills it
+    again = worker("Dutiful", tmp_path)
+    again.submit(LESSON)
+    assert collect(again).answer.stats.transitions == 2  # the one of the checkpoint, and one more
+    again.close(grace_s=60.0)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
 def test_the_last_checkpoint_is_written_when_central_ends(tmp_path):
     process = worker("Dutiful", tmp_path)
     process.submit(LESSON)

@@ -7,20 +7,42 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from central.long_flows import start_scheduler
 from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
-from central.lrla.learned import SHIPPED, LearnedScheme
+from central.lrla.inference import Inference
+from central.lrla.laboratory import EARLY, Lab, run
+from central.lrla.learned import LearnedScheme
 from central.lrla.network import MASKED, PolicyNetwork, batch_of, log_probability
-from central.lrla.paper import PaperSettings
-from central.lrla.reinforce import Rollout, Sampler, Settings, advantages, gradient, returns, step, weights_of
+from central.lrla.paper import PaperNetwork, PaperSettings
+from central.lrla.process import scheme_of
+from central.lrla.reinforce import (
+    Rollout,
+    Sampler,
+    Settings,
+    advantages,
+    gradient,
+    multiplied,
+    plain_costs,
+    returns,
+    step,
+    weights_of,
+)
 from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
 from central.lrla.training import LrlaTrainer
+from central.lrla.weights import SHIPPED, Stored
 from central.training import checkpoint
 from central.training.cli import train
 from central.training.settings import as_record, read
+from fabricpilot.config import LongFlowsSection
 from fabricpilot.errors import UsageError
 
-TINY = Settings(iterations=2, runs=2, traffic_s=0.4)
+TINY = Settings(iterations=2, runs=2, traffic_s=0.3, thresholds=EARLY, short_limit=1.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # as in training
 
 
 @pytest.fixture
@@ -36,9 +58,33 @@ def some_flows(n=40, seed=2, **changed):
     return replace(random_flows(n, np.random.default_rng(seed)), **changed)
 
 
+def deciding(network):
+    """What a running central makes of this network."""
+    values = {name: value.numpy() for name, value in network.state_dict().items()}
+    return LearnedScheme(Stored(values, {"rates": network.rates}))
+
+
+@pytest.mark.parametrize("rates", [(), (0.25, 0.5)])
+@pytest.mark.parametrize(("n", "routes"), [(1, 1), (40, 4), (1000, 2)])
+def test_what_decides_is_what_was_trained(n, routes, rates):
+    torch.manual_seed(n)
+    network = PolicyNetwork(rates)
+    for value in network.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    inference = Inference({name: value.numpy() for name, value in network.state_dict().items()})
+    for asked in (np.arange(n), np.arange(0, n, 3), np.arange(n)[::-1].copy()):  # kept arrays change their size
+        known = random_flows(n, np.random.default_rng(len(asked)), routes=routes)
+        with torch.no_grad():
+            wanted = network.corrections(batch_of(known, asked))
+        found = inference.corrections(known, asked)
+        assert len(found) == len(wanted) == 3 if rates else 2
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=2e-5)
+
+
 def test_an_untrained_network_decides_as_the_rule():
     known, asked = some_flows(), np.arange(0, 40, 3)
-    mine, rule = LearnedScheme(PolicyNetwork()).decide(known, asked), RULES["shortest-first"].decide(known, asked)
+    mine, rule = deciding(PolicyNetwork()).decide(known, asked), RULES["young-first"].decide(known, asked)
     assert mine.priority.tolist() == rule.priority.tolist()
     assert mine.route.tolist() == rule.route.tolist()
 
@@ -66,7 +112,7 @@ def test_it_takes_any_number_of_flows_and_routes(network):
 def test_hosts_without_routes_get_priorities(network):
     known = random_flows(5, np.random.default_rng(1), routes=1)
     known = replace(known, usable=np.zeros((5, 0), np.bool_), route=np.full(5, UNKNOWN_ROUTE))
-    choice = LearnedScheme(network).decide(known, np.arange(5))
+    choice = deciding(network).decide(known, np.arange(5))
     assert choice.route.tolist() == [UNKNOWN_ROUTE] * 5
     assert choice.priority.max() < MAX_PRIORITIES
 
@@ -74,7 +120,7 @@ def test_hosts_without_routes_get_priorities(network):
 def test_what_is_masked_is_never_chosen(network):
     usable = np.tile([True, False, True, False], (40, 1))
     known = some_flows(usable=usable, priorities=np.full(40, 2), route=np.full(40, UNKNOWN_ROUTE))
-    for scheme in (LearnedScheme(network), Sampler(network, torch.Generator().manual_seed(1))):
+    for scheme in (deciding(network), Sampler(network, torch.Generator().manual_seed(1))):
         choice = scheme.decide(known, np.arange(40))
         assert choice.priority.max() <= 1
         assert set(choice.priority[known.migration].tolist()) <= {0}
@@ -88,8 +134,9 @@ def test_returns_by_hand():
 
 
 def test_advantages_are_what_the_decisions_made_of_the_same_traffic():
-    rollouts = [Rollout(np.array(costs), np.zeros((0, 0)), [], [], []) for costs in ([1.0, 2.0], [1.0, 4.0, 2.0])]
-    one, other = advantages(rollouts, 1.0)
+    costs = ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [2.0, 1.0], [0.0, 1.0]])  # the second column counts twice
+    rollouts = [Rollout(np.array(each), np.zeros((0, 0)), [], [], []) for each in costs]
+    one, other = advantages(rollouts, 1.0, 2.0)
     # Returns (-2, 0, 0) and (-6, -2, 0): less their means (2, 1, 0) and (-2, -1, 0), deviation sqrt(10 / 6).
     scale = np.sqrt(10 / 6)
     np.testing.assert_allclose(one, [2 / scale, 1 / scale], rtol=1e-6)
@@ -98,20 +145,59 @@ def test_advantages_are_what_the_decisions_made_of_the_same_traffic():
 
 def test_log_probability_by_hand():
     routes, ranks = torch.tensor([[0.0, 0.0, MASKED]]), torch.tensor([[np.log(3.0), 0.0]], dtype=torch.float32)
-    logs, entropy = log_probability((routes, ranks), torch.tensor([1]), torch.tensor([0]))
+    logs, entropy = log_probability((routes, ranks), (torch.tensor([1]), torch.tensor([0])))
     assert logs.item() == pytest.approx(np.log(0.5) + np.log(0.75), rel=1e-6)
     assert entropy.item() == pytest.approx(np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25), rel=1e-5)
     only = torch.full((1, 3), MASKED)
-    assert log_probability((only, ranks), torch.tensor([-1]), torch.tensor([0]))[0].item() == pytest.approx(
-        np.log(0.75)
-    )
+    alone = log_probability((only, ranks), (torch.tensor([-1]), torch.tensor([0])))[0].item()
+    assert alone == pytest.approx(np.log(0.75))
+
+
+def test_a_limit_weighs_more_while_it_is_broken():
+    settings = Settings(short_limit=0.9, limit_rate=2.0)
+    assert multiplied(1.0, 100.0, 100.0, settings) == pytest.approx(np.exp(2 * 0.1))
+    assert multiplied(1.0, 80.0, 100.0, settings) == pytest.approx(np.exp(-2 * 0.1))
+    assert multiplied(1.0, 1e9, 100.0, settings) == pytest.approx(np.exp(2 * 0.25))  # one run turns only so much
+
+
+def test_what_flows_cost_by_themselves_can_be_divided_by():
+    nothing = plain_costs(Lab(cdf="datamining_vl2_bytes_trafficgenerator", traffic_s=0.02), 1)
+    assert nothing.tolist() == [0.01, 0.01]
+    assert (plain_costs(Lab(traffic_s=0.5), 1) > 1).all()
+
+
+@pytest.mark.parametrize("kind", [PolicyNetwork, PaperNetwork])
+def test_rates_are_chosen_only_where_there_are_any(kind):
+    torch.manual_seed(1)
+    known, asked = some_flows(), np.arange(40)
+    plain, rated = kind(), kind(rates=(0.25, 0.5))
+    assert Sampler(plain, torch.Generator().manual_seed(1)).decide(known, asked).rate is None
+    rate = Sampler(rated, torch.Generator().manual_seed(1)).decide(known, asked).rate
+    assert set(rate.tolist()) == {0.25, 0.5, np.inf}
+    assert (rate == np.inf).sum() > 20
+
+
+def test_rates_reach_the_laboratory_and_no_running_central(tmp_path):
+    network = PolicyNetwork((0.01,))
+    torch.nn.init.constant_(network.rate[-1].bias, 0.0)
+    with torch.no_grad():
+        network.rate[-1].bias[0] = 10.0  # all are held to a hundredth
+    lab = Lab(traffic_s=0.5, warm_up_s=0.0)
+    held, plain = (run(lab, deciding(each), seed=3) for each in (network, PolicyNetwork()))
+    assert held.long_fct_us > 2 * plain.long_fct_us
+    settings = as_record(Settings(rates=(0.01,)))
+    checkpoint.save(tmp_path / "w.npz", {"network": dict(network.state_dict()), "record": {"settings": settings}})
+    section = LongFlowsSection(scheme="learned", weights=str(tmp_path / "w.npz"))
+    for use in (scheme_of, start_scheduler):
+        with pytest.raises(UsageError, match="no data path"):
+            use(section)
 
 
 def test_the_gradient_by_hand():
     known = some_flows(source_rack=np.zeros(40, np.int64), destination_rack=np.ones(40, np.int64))
     plain, batch = PolicyNetwork(), batch_of(known, np.array([5]))
     logits = plain(batch)
-    log_probability(logits, torch.tensor([2]), torch.tensor([0]))[0].sum().backward()
+    log_probability(logits, (torch.tensor([2]), torch.tensor([0])))[0].sum().backward()
     chance = torch.softmax(logits[0][0], 0)
     # Logits are -weight * cost: the gradient of the log of a softmax is the chosen one less the expected one.
     expected = -(batch.costs[0, 2] - (chance * batch.costs[0]).sum())
@@ -132,16 +218,16 @@ def test_a_toy_task_is_learned_in_seconds():
         situations = [some_flows(12, int(rng.integers(2**31)), migration=np.zeros(12, np.bool_)) for _ in range(4)]
         rollouts = []
         for _ in range(4):
-            sampler, costs = Sampler(plain, chances), [0.0]
+            sampler, costs = Sampler(plain, chances), [(0.0, 0.0)]
             for known in situations:
-                costs.append(wrong(known, sampler.decide(known, np.arange(12)).priority))
+                costs.append((0.0, wrong(known, sampler.decide(known, np.arange(12)).priority)))
             senders = [known.source for known in situations]
             rollouts.append(Rollout(np.array(costs), np.zeros((0, 0)), list(range(4)), senders, sampler.decisions))
-        weights = weights_of(rollouts, settings, 1e-3)
+        weights = weights_of(rollouts, settings, 1e-3, 1.0)
         pairs = zip(rollouts, weights, strict=True)
         step(plain, optimiser, [gradient(plain, rollout.decisions, its, 0.0) for rollout, its in pairs], 1.0)
     fresh = some_flows(200, 99, migration=np.zeros(200, np.bool_))
-    assert wrong(fresh, LearnedScheme(plain).decide(fresh, np.arange(200)).priority) < 20
+    assert wrong(fresh, deciding(plain).decide(fresh, np.arange(200)).priority) < 20
 
 
 def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
@@ -154,10 +240,10 @@ def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
     assert later.advance() == other.advance()
     for mine, theirs in zip(later.network.state_dict().values(), other.network.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
-    later.export(tmp_path / "weights.npz", {"seed": 7})
+    later.export(tmp_path / "weights.npz", {"seed": 7, "settings": as_record(TINY)})
     known, asked = some_flows(), np.arange(40)
     loaded = LearnedScheme.load(tmp_path / "weights.npz").decide(known, asked)
-    assert loaded.route.tolist() == LearnedScheme(other.network).decide(known, asked).route.tolist()
+    assert loaded.route.tolist() == deciding(other.network).decide(known, asked).route.tolist()
 
 
 def test_the_same_weights_with_two_processes():
@@ -171,6 +257,19 @@ def test_the_same_weights_with_two_processes():
     for name, value in one.network.state_dict().items():
         assert torch.equal(value, two.network.state_dict()[name])
     assert any(not torch.equal(value, before[name]) for name, value in one.network.state_dict().items())
+
+
+@pytest.mark.scale
+def test_the_same_weights_on_ray():
+    pytest.importorskip("ray", reason="needs the extra scale")
+    one, cluster = LrlaTrainer(TINY, 7), LrlaTrainer(TINY, 7, 2, "local")
+    try:
+        for _ in range(TINY.iterations):
+            assert one.advance() == cluster.advance()
+    finally:
+        cluster.close()
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, cluster.network.state_dict()[name])
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
@@ -208,6 +307,7 @@ def test_foreign_or_broken_weights_are_refused(tmp_path, tree):
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     broken = PolicyNetwork()
     torch.nn.init.constant_(broken.flow[0].weight, float("nan"))
-    checkpoint.save(tmp_path / "w.npz", {"network": dict(broken.state_dict())})
+    record = {"settings": as_record(Settings())}
+    checkpoint.save(tmp_path / "w.npz", {"network": dict(broken.state_dict()), "record": record})
     with pytest.raises(UsageError, match="finite"):
         LearnedScheme.load(tmp_path / "w.npz")

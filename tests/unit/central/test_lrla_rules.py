@@ -1,14 +1,18 @@
 """Rules for long flows: who counts where, and which route and priority follows."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from central.lrla.bench import lrla
 from central.lrla.flow_set import UNKNOWN_ROUTE, route_loads
-from central.lrla.laboratory import Lab, run
+from central.lrla.laboratory import EARLY, Lab, run
 from central.lrla.rules import RULES, Ecmp, LeastLoaded, assign, priorities
 from central.lrla.synthetic import random_flows
+from fabricpilot.errors import UsageError
 
 
 def flows(n=8, **changed):
@@ -71,6 +75,19 @@ def test_priorities_follow_what_remains_within_bounds():
     assert priorities(some, np.arange(6), (2e6, 4e6)).tolist() == [0, 0, 1, 2, 1, 0]
 
 
+def test_priorities_follow_what_was_sent():
+    sent = flows(5, attained_bytes=np.array([1e6, 3e6, 9e6, 10e6, 1e6]), migration=np.array([False] * 4 + [True]))
+    assert priorities(sent, np.arange(5), sent_bytes=(10e6, 2e6)).tolist() == [2, 1, 1, 0, 0]
+
+
+def test_told_early_all_are_better_off():
+    lab = Lab(traffic_s=3.0, warm_up_s=0.0)
+    plain, early = run(lab, RULES["ecmp"], 3), run(replace(lab, thresholds=EARLY), RULES["young-first"], 3)
+    assert plain.long_flows == early.long_flows > 0  # which are long does not depend on when central is told
+    assert early.long_fct_us < plain.long_fct_us
+    assert early.all_fct_us < plain.all_fct_us
+
+
 def test_ecmp_decides_nothing():
     choice = Ecmp().decide(flows(), np.arange(8))
     assert set(choice.priority.tolist()) == {0}
@@ -84,3 +101,16 @@ def test_rules_in_the_laboratory_balance_and_shorten():
     assert balanced.spread < ecmp.spread
     assert balanced.long_fct_us < ecmp.long_fct_us
     assert run(lab, LeastLoaded(), seed=3) == run(lab, LeastLoaded(), seed=3)
+
+
+def test_the_benchmark_compares_on_the_same_traffic():
+    told = CliRunner().invoke(
+        lrla, ["--seeds", "2", "--traffic-s", "2.4", "--routes", "2", "--scheme", "least-loaded,young-first", "--json"]
+    )
+    (found,) = json.loads(told.stdout)["routes"].values()
+    assert list(found) == ["ecmp", "least-loaded", "young-first"]
+    assert len({scheme["long_flows"] for scheme in found.values()}) == 1
+    assert found["ecmp"]["long_below"] == found["least-loaded"]["short_below"] == 0
+    refused = CliRunner().invoke(lrla, ["--scheme", "none"])
+    assert isinstance(refused.exception, UsageError)
+    assert "young-first" in str(refused.exception)

@@ -102,3 +102,19 @@ def test_a_summary_has_rate_outcome_and_sample(hello, report):
     assert summary.outcome.shares[0] == 1.0
     assert len(summary.sample) == SAMPLE_FLOWS
     assert sum(f.size_bytes == 1000 for f in summary.sample) == SAMPLE_FLOWS // 2
+
+
+def test_a_host_that_reports_a_thousand_times_has_no_more_of_the_sample(hello, report):
+    registry = Registry(60.0, 5.0, "1Gbit")
+    for name in ("a", "b", "c", "liar"):
+        registry.hello(name, b"p", hello(name, link_rate_bps=10**10), 0.0)
+    list(registry.summaries(0.0))
+    for name, size, times in (("a", 1000, 1), ("b", 1000, 1), ("c", 1000, 1), ("liar", 7, 1000)):
+        for sequence in range(times):
+            flows = [flow(size, 100)] * 100
+            registry.report(name, b"p", report(name, sequence=sequence + 1, finished_sample=flows), 0.0)
+    (summary,) = registry.summaries(0.0)
+    assert sum(f.size_bytes == 7 for f in summary.sample) == SAMPLE_FLOWS // 4
+    registry.report("liar", b"p", report("liar", sequence=2000, finished_sample=[flow(7, 100)] * 100), 1.0)
+    (summary,) = registry.summaries(1.0)
+    assert sum(f.size_bytes == 7 for f in summary.sample) == SAMPLE_FLOWS // 4 + SAMPLE_FLOWS // 4

@@ -21,11 +21,21 @@ def test_methods_are_compared_with_the_optimum_on_flows_nobody_has_seen(small):
     told = json.loads(CliRunner().invoke(bench.srla, arguments, catch_exceptions=False).output)
     (row,) = told["rows"]
     assert row["unseen"]
-    assert {"exact", "srla", "srla-reporting", "srla-reporting-worst", "auto", "equal-split"} <= set(row)
+    assert {
+        "exact",
+        "srla",
+        "srla-reporting",
+        "srla-reporting-worst",
+        "srla-guarded-worst",
+        "auto",
+        "equal-split",
+    } <= set(row)
     assert row["exact"] >= 0  # the optimum is never worse
     assert row["srla"] < 0.02  # the target, on a workload it was not trained on
     assert told["above_optimum"]["srla"] == row["srla"]
     assert row["srla-reporting"] <= row["srla-reporting-worst"]
+    share = (row["srla-guarded-worst"] - row["exact"]) / (row["srla-reporting-worst"] - row["exact"])
+    assert share == pytest.approx(0.1)  # one host in ten tries it
 
 
 @pytest.mark.slow

@@ -89,6 +89,15 @@ def test_what_flows_experienced_is_seen():
     np.testing.assert_allclose(state[82:90], [0.1, 0.2, 0.0, 0.0, 0.3, 0.1, 1.0, 1.0], atol=1e-6)
 
 
+def test_an_address_that_is_none_costs_its_flow_the_address_only():
+    encoding = Encoding("paper", "middle")
+    flows = [FlowSummary("10.0.0.1", "10.0.0.2", 1, 2, 6, 1000, 100, 0), FlowSummary("x", "", 1, 2, 6, 1000, 100, 0)]
+    told = summary(sample=tuple(flows))
+    state = encoding.state_of(told, encoding.base_for(told)).reshape(100, 7)
+    assert np.isfinite(state).all()
+    assert (state != 0).any(axis=1).sum() == 2
+
+
 def test_papers_encoding_is_100_flows_of_7_numbers():
     encoding = Encoding("paper", "middle")
     flows = tuple(FlowSummary("10.0.0.1", "fd00::7", 40_000, 80, 6, 2**15, 1000 * i, 0) for i in range(1, 121))

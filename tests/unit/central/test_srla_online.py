@@ -116,6 +116,28 @@ def test_another_checkpoint_is_refused_and_changes_nothing(learner, tmp_path):
     assert learner.propose(summary()).thresholds.levels == before
 
 
+def test_weights_that_are_no_numbers_are_replaced_by_the_shipped_ones(learner):
+    lived(learner, QUICK.patience + 1)
+    with torch.no_grad():
+        next(learner.agent.critic.parameters()).fill_(float("nan"))
+    _, told = lived(learner, 3)
+    assert [stats.transitions for stats in told] == [0, 1, 2]  # nothing of what was learned is left
+    assert all(torch.isfinite(part).all() for part in learner.agent.actor.state_dict().values())
+    assert all(torch.isfinite(part).all() for part in learner.agent.critic.state_dict().values())
+    assert learner.propose(summary()).thresholds is not None
+
+
+def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(learner, tmp_path):
+    lived(learner, 3)
+    with torch.no_grad():
+        next(learner.agent.actor.parameters())[0, 0] = float("inf")
+    learner.save(tmp_path / "learner.npz")
+    again = OnlineSrla(PolicySection(), settings=QUICK)
+    with pytest.raises(UsageError, match="not finite"):
+        again.load(tmp_path / "learner.npz")
+    assert again.propose(summary()).thresholds is not None
+
+
 def test_it_moves_towards_what_pays():
     """A world in which every threshold 20 % below the base makes flows faster, and 20 % above slower."""
     bold = Settings(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from central.windows import MAX_INFLUENCE, ForgettingWindow, influence, running_counts, size_distribution
+from central.windows import ENOUGH_FLOWS, ForgettingWindow, influence, running_counts, size_distribution
 from fabricpilot.histogram import BINS, LogHistogram, bin_middles, bin_of
 
 
@@ -35,8 +35,9 @@ def test_quantiles():
 def test_no_host_outweighs_the_others():
     flows = np.array([100.0, 120.0, 80.0, 1e9, 0.0])
     weights = influence(flows)
-    assert list(weights[[0, 1, 2, 4]]) == [1, 1, 1, 1]
-    assert weights[3] * flows[3] == pytest.approx(MAX_INFLUENCE * 110.0)
+    assert list(weights[[0, 1, 2, 4]]) == pytest.approx([1, 110 / 120, 1, 1])
+    assert weights[3] * flows[3] == pytest.approx(110.0)
+    assert list(influence(np.array([1.0, 1.0, 1.0, 10 * ENOUGH_FLOWS]))) == pytest.approx([1, 1, 1, 0.1])
     assert list(influence(np.zeros(3))) == [1, 1, 1]
     assert list(influence(np.array([5.0]))) == [1]
 

@@ -21,9 +21,25 @@ def test_later_sources_win(tmp_path):
     assert config.thresholds.levels == 6
 
 
-def test_thresholds_from_a_flag():
-    config = load(AgentConfig, None, {"datapath.thresholds": "100,2000,30000"}, {})
+@pytest.mark.parametrize("text", ["100,2000,30000", "[100, 2000, 30_000]"])
+def test_thresholds_from_a_flag(text):
+    config = load(AgentConfig, None, {"datapath.thresholds": text}, {})
     assert config.thresholds.bytes == (100, 2000, 30000)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "match"),
+    [
+        ("datapath.thresholds", "[100, 2000", "write a,b or"),
+        ("datapath.mode", "backlogs", "one of auto, backlog, attained"),
+        ("datapath.flow_entries", "99999999999", "99999999999; it must be 1024 to 16777216"),
+        ("host.report_interval_s", "0.05", "0.05; it must be 0.1 to 60"),
+    ],
+)
+def test_wrong_flags_say_what_would_be_right(key, text, match):
+    with pytest.raises(UsageError, match=match) as caught:
+        load(AgentConfig, None, {key: text}, {})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +54,7 @@ def test_thresholds_from_a_flag():
         ("[datapath]\nlevels = 'four'", "levels"),
         ("[datapath]\nthresholds = [300, 20, 4000]", "ascend"),
         ("[datapath]\nthresholds = [300, 4000]", "needs 3"),
-        ("[datapath]\nbackend = 'magic'", "backend"),
+        ("[datapath]\nbackend = 'magic'", "backend'; it must be one of auto, ebpf, nftables, fake"),
         ("[host]\nreport_interval_s = 0", "0.1 to 60"),
         ("[datapath]\nflow_entries = 5", "1024"),
     ],

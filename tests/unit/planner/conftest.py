@@ -63,6 +63,6 @@ def pose() -> Callable[..., Problem]:
 
 @pytest.fixture
 def ticking() -> Callable[[], float]:
-    """A clock that goes on by 5 ms whenever it is looked at, so that a test does not depend on the machine's speed."""
+    """A clock that goes on by 20 ms whenever it is looked at, so that a test does not depend on the machine's speed."""
     ticks = count()
-    return lambda: 0.005 * next(ticks)
+    return lambda: 0.02 * next(ticks)

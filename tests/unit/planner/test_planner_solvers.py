@@ -16,10 +16,10 @@ from central.planner.planning import make_plan, plan_by
 from central.planner.replan import replan
 from central.planner.solvers.batches import moves_of
 from central.planner.solvers.columns import Master
-from central.planner.solvers.cycles import orderable
+from central.planner.solvers.cycles import least_extra, orderable
 from central.planner.solvers.greedy import Walk
 from central.planner.solvers.grouped import Grouped, flow_between
-from central.planner.solvers.patterns import applies
+from central.planner.solvers.patterns import Pricer, applies
 from central.planner.solvers.registry import SOLVERS
 from central.planner.solvers.room import make_room
 from fabricpilot.errors import FabricpilotError, UsageError
@@ -66,7 +66,7 @@ def test_both_exact_models_agree(shape, objective):
     valuation = Valuation.of(parse_objective(objective), cluster)
     state, limits = State(cluster), Limits(6)
     assert applies(cluster, valuation)
-    by_pm = Master(state, valuation, limits).solve(Deadline(20.0))
+    by_pm = Master(Pricer(state, valuation, limits)).solve(Deadline(20.0))
     whole = Grouped(state, valuation, limits).solve(20.0)
     assert whole.proven
     assert by_pm.value <= whole.bound + 1e-3
@@ -80,7 +80,7 @@ def test_memory_is_respected_by_the_decomposition():
     cluster = Cluster(mapping)
     valuation = Valuation.of(parse_objective("fr"), cluster)
     state, limits = State(cluster), Limits(10)
-    by_pm = Master(state, valuation, limits).solve(Deadline(20.0))
+    by_pm = Master(Pricer(state, valuation, limits)).solve(Deadline(20.0))
     whole = Grouped(state, valuation, limits).solve(20.0)
     assert by_pm.bound >= whole.value - 1e-6
     assert by_pm.value <= whole.bound + 1e-6
@@ -222,7 +222,7 @@ def test_the_decomposition_keeps_limits_exactly(pose, limits):
     cost = limits.pop("cost", 0.0)
     problem = pose(mapping, 8, "fr", **limits)
     walk = Walk(problem, Cluster(mapping))
-    by_pm = Master(walk.state, walk.valuation, problem.limits, walk.budget, cost).solve(Deadline(100.0))
+    by_pm = Master(Pricer(walk.state, walk.valuation, problem.limits, walk.budget, cost)).solve(Deadline(100.0))
     grouped = Cluster(mapping, by_tenant="per_tenant" in limits)
     whole = Grouped(State(grouped), walk.valuation, problem.limits, cost_per_gb=cost).solve(100.0)
     assert whole.proven
@@ -258,6 +258,19 @@ def test_a_cycle_is_proven_to_need_a_spare_place(build):
     ring = Cluster(build([[8], [8], [8]], [(0, {0: 8}), (1, {0: 6}), (2, {0: 7})]))
     turn = ((0, 1), (1, 2), (2, 0))
     assert orderable(State(ring), flow_of(ring, *turn)) is False
+    assert least_extra(State(ring), flow_of(ring, *turn), 4) == 1
+
+
+def test_two_cycles_are_proven_to_need_two_spare_places(build):
+    # Two full pairs that change places, each pair of sizes of its own; one waiting VM helps only its own pair.
+    sizes = [(0, {0: 8}), (1, {0: 7}), (2, {0: 6}), (3, {0: 5})]
+    cluster = Cluster(build([[8], [8], [6], [6], [40]], sizes))
+    both = flow_of(cluster, (0, 1), (1, 0), (2, 3), (3, 2))
+    assert least_extra(State(cluster), both, 4) == 2
+    assert least_extra(State(cluster), both, 1) == 1  # no more than are known to do
+    assert least_extra(State(cluster), flow_of(cluster, (2, 3), (3, 2)), 4) == 1
+    one = flow_of(cluster, (0, 4))
+    assert least_extra(State(cluster), one, 4) == 0
 
 
 def test_what_the_exact_solver_does_can_be_ordered(pose):
@@ -267,3 +280,22 @@ def test_what_the_exact_solver_does_can_be_ordered(pose):
     cluster = Cluster(mapping)
     moves = [(move.vm, cluster.place_index(move.vm, move.target)) for move in plan.moves]
     assert orderable(State(cluster), flow_of(cluster, *moves)) is True
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_where_nothing_can_move_nothing_is_planned(build, pose, name):
+    mapping = build([[20], [20]], [(0, {0: 4}), (1, {0: 14})])
+    still = replace(mapping, vms=tuple(replace(vm, movable=False) for vm in mapping.vms))
+    for nothing in (still, replace(mapping, vms=()), build([[20]], [])):
+        plan = make_plan(pose(nothing, 5), name, 10.0)
+        assert not plan.moves
+        assert "no VM may move" in plan.notes[0]
+
+
+def test_a_cluster_without_active_machines_is_told(build, pose):
+    mapping = build([[20], [20]], [(0, {0: 4})])
+    down = replace(mapping, pms=tuple(replace(pm, status="OUTAGE") for pm in mapping.pms))
+    with pytest.raises(UsageError, match="2 PMs, none of them ACTIVE"):
+        make_plan(pose(down, 5), "auto", 1.0)
+    with pytest.raises(UsageError, match="no PM that is ACTIVE"):
+        make_plan(pose(replace(mapping, pms=(), vms=()), 5), "auto", 1.0)

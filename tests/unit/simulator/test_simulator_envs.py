@@ -10,6 +10,7 @@ from fabricpilot.errors import UsageError
 from fabricpilot.levels import Thresholds
 from simulator.envs import LONG_FLOWS, MLFQ_THRESHOLDS, rewards
 from simulator.envs.thresholds import MLFQThresholds, action_of, thresholds_of
+from simulator.longflows import paper_reward, throughputs
 from simulator.results import FlowResults, p99
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -126,7 +127,8 @@ def test_rewards() -> None:
     values = np.random.default_rng(1).lognormal(size=777)
     assert p99(values) == pytest.approx(np.percentile(values, 99), rel=1e-12)
     assert p99(values[:1]) == values[0]
-    assert rewards.throughput(results.size_bytes, results.fct_s) == pytest.approx(750_000)
+    assert throughputs(results, 2).tolist() == [750_000, 0]
+    assert paper_reward([2.0, 1.0, 0.0, 4.0], [3.0, 9.0, 1.0, 0.0], 3.0).tolist() == [1.5, 3.0, 1.0, 0.0]
     assert rewards.ratio(3.0, 2.0, 3.0) == 1.5
     assert rewards.ratio(30.0, 2.0, 3.0) == 3.0
     assert rewards.ratio(0.0, 2.0, 3.0) == 1.0
