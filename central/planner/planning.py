@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from central.planner.judge import Judge
+from central.planner.judge import Judge, check
 from central.planner.model.plan import Plan
 from central.planner.model.problem import Deadline, Problem, Solution, check_limits
 from central.planner.race import Run, race
@@ -62,16 +62,15 @@ def _plan(
     if name != MAKE_ROOM and not _movable(problem):
         lanes = [(name, _stay)]
     prepare(name)
+    looked = clock()
+    judge = Judge(problem)
     begun = clock()
     if clock is time.monotonic:
-        solutions, judge = race(problem, lanes[: len(os.sched_getaffinity(0))], seconds, seed)
-    else:  # a clock of one's own: each lane in turn has all the time by it
-        judge = Judge(problem)
-        solutions = tuple(run(problem, Deadline(seconds, clock), seed) for _, run in lanes)
-        for (lane, _), solution in zip(lanes, solutions, strict=True):
-            judge.hear(solution, lane, final=len(lanes) == 1)
+        race(problem, lanes[: len(os.sched_getaffinity(0))], seconds, seed, judge, begun - looked)
+    else:
+        _in_turn(problem, lanes, Deadline(seconds, clock), seed, judge)
     goal = problem.objective.goal
-    if any(solution.impossible for solution in solutions):
+    if judge.impossible:
         raise UsageError(
             f"goal {goal:g} is out of reach with at most {problem.limits.mnl} moves: proven; raise --mnl or the goal"
         )
@@ -81,13 +80,13 @@ def _plan(
     notes = best.notes
     if not judge.heard:
         notes += (f"nothing was found in {seconds:g} s; raise --deadline",)
-    if goal is not None and best.report.worths[-1].fragment_rate > goal + 1e-9:
+    if goal is not None and best.worths[-1].fragment_rate > goal + 1e-9:
         notes += (f"the goal {goal:g} was not reached",)
     return Plan(
         moves=best.moves,
-        initial=best.report.worths[0],
-        final=best.report.worths[-1],
-        prefixes=best.report.worths[1:],
+        initial=best.worths[0],
+        final=best.worths[-1],
+        prefixes=best.worths[1:],
         bound=judge.bound,
         solver=name,
         seconds=clock() - begun,
@@ -96,6 +95,16 @@ def _plan(
         objective=problem.objective.text,
         notes=notes,
     )
+
+
+def _in_turn(problem: Problem, lanes: Sequence[tuple[str, Run]], deadline: Deadline, seed: int, judge: Judge) -> None:
+    """Like `race` by a clock of one's own, by which each lane has all the time."""
+    for lane, run in lanes:
+        solution = run(problem, Deadline(deadline.seconds, deadline.clock), seed)
+        judge.impossible = solution.impossible
+        judge.hear(check(problem, solution, lane), final=len(lanes) == 1)
+        if solution.proven or solution.impossible:
+            return
 
 
 def _movable(problem: Problem) -> bool:

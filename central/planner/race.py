@@ -2,9 +2,10 @@
 
 A solver looks at the clock, but what it calls may not: HiGHS cannot be stopped in its presolve, and on a busy machine
 any piece of work takes longer than it did. So a solver runs in a forked child (libraries, kernels and the mapping are
-there already) and sends what it has found over a pipe: sketches while a heuristic walks, plans, at last its solution.
-The parent has nothing to do but to listen: it checks each plan at once, keeps the best (`judge`), tells the other
-lanes of it, and hands it out when the time is over. Children that are late are killed.
+there already), which sends what it has found, checked (`judge`), over a pipe: sketches while a heuristic walks, plans,
+at last its solution. The parent does nothing but listen: it keeps the best, tells the other lanes of it, and hands it
+out when the time is over. As it sleeps otherwise, it is on time on a busy machine too. Children that are late are
+killed.
 """
 
 import ctypes
@@ -15,20 +16,20 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from central.planner.judge import Judge
+from central.planner.judge import Checked, Judge, check
 from central.planner.model.problem import Board, Deadline, Problem, Solution, Step
 from fabricpilot.errors import FabricpilotError
 
 Run = Callable[[Problem, Deadline, int], Solution]
 
-SKETCH_S = 0.2  # between two sketches
-CHECK_S, CHECK_S_PER_VM = 0.005, 8e-6  # what is kept for sending and checking the last plan
-MOST_CHECK_SHARE = 0.3  # of the deadline, at most
-GRACE_S = 0.1  # a last plan is still checked if that ends no later than this after the deadline
+SKETCH_S = 0.1  # at least between two sketches; and
+SKETCH_CHECKS = 8  # times what a check takes
+LAST_CHECKS = 2.5  # times what a check takes is kept for checking and sending the last plan,
+MOST_LAST_SHARE = 0.3  # but no more of the deadline than this
 MOST_TOLD_BYTES = 64 * 1024  # of a plan that lanes tell each other: it must fit the pipe of one who does not listen
 _NICE = 19
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -38,33 +39,45 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 class _Said:
     """What a child says: a plan, its last word (`final`), or why it failed; `heard`: how often it has listened."""
 
-    solution: Solution
+    plan: Checked | None
     heard: int
     final: bool = False
+    proven: bool = False
+    impossible: bool = False
     error: Exception | None = None
 
 
 class _Wire(Board):
     """The board as a child sees it: a pipe."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, problem: Problem, solver: str, pipe: Connection, check_s: float) -> None:
+        self._problem, self._solver, self._pipe = problem, solver, pipe
+        self._sketch_s = max(SKETCH_S, SKETCH_CHECKS * check_s)
         self._posted_s = time.monotonic()
-        self.heard = 0
+        self._heard = 0
 
     def post(self, solution: Solution) -> None:
+        self._pipe.send(_Said(check(self._problem, solution, self._solver), self._heard))
         self._posted_s = time.monotonic()
-        self._pipe.send(_Said(solution, self.heard))
 
     def sketch(self, steps: Sequence[Step]) -> None:
-        if time.monotonic() - self._posted_s >= SKETCH_S:
+        if time.monotonic() - self._posted_s >= self._sketch_s:
             self.post(Solution(tuple(steps)))
+
+    def close(self, solution: Solution) -> None:
+        """The last word."""
+        plan = None if solution.impossible else check(self._problem, solution, self._solver)
+        self._pipe.send(_Said(plan, self._heard, True, solution.proven, solution.impossible))
+
+    def fail(self, error: Exception) -> None:
+        """No plan, but an error."""
+        self._pipe.send(_Said(None, self._heard, final=True, error=error))
 
     def latest(self) -> tuple[Step, ...]:
         steps: tuple[Step, ...] = ()
         while self._pipe.poll():
             steps = self._pipe.recv()
-            self.heard += 1
+            self._heard += 1
         return steps
 
 
@@ -79,24 +92,23 @@ class _Lane:
 
 
 def race(
-    problem: Problem, lanes: Sequence[tuple[str, Run]], seconds: float, seed: int
-) -> tuple[tuple[Solution, ...], Judge]:
-    """Run all lanes until one has proven its plan, all have ended, or `seconds` are over; the solutions that came.
+    problem: Problem, lanes: Sequence[tuple[str, Run]], seconds: float, seed: int, judge: Judge, check_s: float
+) -> None:
+    """Run all lanes until one has proven its plan, all have ended, or `seconds` are over; `judge` hears of every plan.
 
-    The plans are the judge's to tell. With one lane its solution stands, whatever it posted before. Lanes after the
-    first use the processor that the first and everybody else leave.
+    With one lane its solution stands, whatever it posted before. Lanes after the first use the processor that the first
+    and everybody else leave. `check_s` is what a check takes about.
 
     Raises:
         FabricpilotError: what a lane raised, or that a process died and no plan is there.
     """
     until = time.monotonic() + seconds
-    kept = min(CHECK_S + CHECK_S_PER_VM * len(problem.mapping.vms), MOST_CHECK_SHARE * seconds)
-    end = Deadline(seconds - kept)
-    running = [_start(name, run, problem, end, seed, first=not number) for number, (name, run) in enumerate(lanes)]
-    judge = Judge(problem)  # while they run
-    solutions: list[Solution] = []
+    end = Deadline(seconds - min(LAST_CHECKS * check_s, MOST_LAST_SHARE * seconds))
+    running: list[_Lane] = []
     died = ""
     try:
+        for number, (name, run) in enumerate(lanes):
+            running.append(_start(name, run, problem, end, seed, check_s, first=not number))
         while running and (left := until - time.monotonic()) > 0.0:
             ready = wait([lane.pipe for lane in running], left)
             for lane in [lane for lane in running if lane.pipe in ready]:
@@ -109,17 +121,13 @@ def race(
                     continue
                 if said.error is not None:
                     raise said.error
-                if said.final:
-                    solutions.append(said.solution)
-                    if said.solution.impossible:
-                        return tuple(solutions), judge
-                if time.monotonic() + 1.5 * judge.cost_s > until + GRACE_S:
-                    continue  # too late to check it
-                kept_it = judge.hear(said.solution, lane.name, final=said.final and len(lanes) == 1)
-                if said.final and (said.solution.proven or judge.met()):
-                    return tuple(solutions), judge
-                if kept_it:
-                    lane.known = said.solution.steps
+                if said.plan is not None:
+                    judge.hear(said.plan, final=said.final and len(lanes) == 1)
+                    if judge.best is said.plan:
+                        lane.known = said.plan.steps
+                judge.impossible |= said.impossible
+                if judge.impossible or said.proven or judge.met():
+                    return
             for lane in running:
                 _tell(lane, judge.best.steps)
     finally:
@@ -127,7 +135,6 @@ def race(
             _end(lane)
     if died and not judge.heard:
         raise FabricpilotError(f"solver {died} ended without a plan: its process died")
-    return tuple(solutions), judge
 
 
 def settle() -> None:
@@ -136,30 +143,28 @@ def settle() -> None:
         process.join()
 
 
-def _start(name: str, run: Run, problem: Problem, deadline: Deadline, seed: int, first: bool) -> _Lane:
+def _start(name: str, run: Run, problem: Problem, deadline: Deadline, seed: int, check_s: float, first: bool) -> _Lane:
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     nice = 0 if first else _NICE
-    process = context.Process(target=_child, args=(run, problem, deadline, seed, theirs, os.getpid(), nice))
+    wire = _Wire(problem, name, theirs, check_s)
+    process = context.Process(target=_child, args=(run, problem, deadline, seed, wire, os.getpid(), nice))
     process.start()
     theirs.close()
     return _Lane(name, process, mine)
 
 
-def _child(run: Run, problem: Problem, deadline: Deadline, seed: int, pipe: Connection, parent: int, nice: int) -> None:
+def _child(run: Run, problem: Problem, deadline: Deadline, seed: int, wire: _Wire, parent: int, nice: int) -> None:
     """What a lane's process does."""
     os.nice(nice)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    wire = _Wire(pipe)
-    timed = Deadline(deadline.seconds, deadline.clock, deadline.started, wire)
     try:
-        said = _Said(run(problem, timed, seed), wire.heard, final=True)
+        wire.close(run(problem, replace(deadline, board=wire), seed))
     except Exception as error:  # the parent raises it
-        said = _Said(Solution(), wire.heard, final=True, error=error)
-    pipe.send(said)
+        wire.fail(error)
 
 
 def _listen(lane: _Lane) -> _Said | None:

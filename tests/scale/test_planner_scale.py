@@ -1,11 +1,17 @@
-"""The planner at the published sizes: proofs, gaps and legality. Times are the benchmark's to tell, not a test's."""
+"""The planner at the published sizes: proofs, gaps, legality; a deadline under load. Other times the benchmark has."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 
 from central.planner.generator import SHAPES, generate
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Limits, Problem
-from central.planner.planning import make_plan
+from central.planner.planning import make_plan, prepare
 
 pytestmark = pytest.mark.scale
 SECONDS = 30.0  # generous: what is tested is the result, on a machine that may be busy
@@ -50,3 +56,21 @@ def test_learned_closes_most_of_what_greedy_leaves(mnl):
         for name in left:
             left[name] += make_plan(problem("medium", seed, mnl), name, 10 * SECONDS).final.fragment_rate
     assert left["learned"] - left["exact"] <= 0.15 * (left["greedy"] - left["exact"]) + 1e-9
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+@pytest.mark.parametrize(("solver", "limits"), [("auto", {"per_tenant": 3}), ("exact", {}), ("pop", {}), ("lns", {})])
+def test_a_deadline_holds_on_a_busy_machine(solver, limits, seconds):
+    """Beside two busy processes per core."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        large = problem("large", 1, 100)
+        posed = replace(large, limits=replace(large.limits, **limits))
+        prepare(solver)
+        begun = time.monotonic()
+        make_plan(posed, solver, seconds)
+        assert time.monotonic() - begun <= seconds + 0.2
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

@@ -14,9 +14,11 @@ from central.planner.solvers.exact import best_known, better, cluster_of, first_
 from central.planner.solvers.greedy import Walk, descend
 from central.planner.solvers.neighbourhood import search
 from central.planner.solvers.packing import packing
-from central.planner.solvers.pop import pop
+from central.planner.solvers.registry import solver
 
 PACKING_SHARE = 0.3  # of what is left after the exact solver, on one core
+# Beside it: (solver, most of the time left for it, least seconds it needs: the policy's library takes one to load)
+OTHERS = (("packing", 1.0, 0.0), ("pop", 0.35, 0.5), ("learned", 0.7, 2.0))
 
 
 def auto(problem: Problem, deadline: Deadline, seed: int) -> Solution:
@@ -40,8 +42,10 @@ def beside(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     best = Walk(problem, cluster)
     descend(best, deadline)
     deadline.board.post(Solution(tuple(best.steps)))
-    for solver, share in ((packing, 1.0), (pop, 0.35)):
-        found = walk_along(problem, cluster, solver(problem, deadline.part(share), seed).steps)
+    for name, share, least_s in OTHERS:
+        if deadline.left_s < least_s:
+            continue
+        found = walk_along(problem, cluster, solver(name)(problem, deadline.part(share), seed).steps)
         if better(found, best):
             best = found
             deadline.board.post(Solution(tuple(best.steps)))

@@ -46,7 +46,6 @@ def lanes_of(name: str) -> list[tuple[str, Solver]]:
     """
     lanes = [(name, solver(name))]
     if name == "auto":
-        from central.planner.solvers.portfolio import beside
-
+        beside: Solver = import_module("central.planner.solvers.portfolio").beside
         lanes.append((BESIDE, beside))
     return lanes

@@ -5,8 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from central.planner import bench
+from central.planner import bench, bench_portfolio
 from central.planner.generator import SHAPES, generate
+from central.planner.model.problem import Limits
 from central.planner.planning import make_plan
 from central.planner.plots import animate
 
@@ -17,20 +18,8 @@ def tiny(monkeypatch):
 
 
 def test_rows_and_figures(tiny, tmp_path):
-    arguments = [
-        "--solver",
-        "greedy",
-        "--solver",
-        "exact",
-        "--mnl",
-        "3",
-        "--mnl",
-        "6",
-        "--plot",
-        str(tmp_path),
-        "--json",
-    ]
-    result = CliRunner().invoke(bench.planner, arguments)
+    arguments = ["--solver", "greedy", "--solver", "exact", "--mnl", "2", "--mnl", "4", "--json", "--plot"]
+    result = CliRunner().invoke(bench.planner, [*arguments, str(tmp_path)])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert len(report["results"]) == 2 * 2 * 2
@@ -54,3 +43,28 @@ def test_film_has_a_frame_per_move(pose, tmp_path):
     plan = make_plan(pose(mapping, 3), "greedy", 5.0)
     with Image.open(animate(mapping, plan, tmp_path / "moves.gif")) as film:
         assert film.n_frames == len(plan.moves) + 1
+
+
+def test_auto_against_every_single_solver(monkeypatch):
+    monkeypatch.setattr(bench_portfolio, "PROBLEMS", (("tiny", "tiny", "fr", Limits(3)),))
+    monkeypatch.setattr(bench_portfolio, "SINGLE", ("greedy",))
+    result = CliRunner().invoke(bench.planner, ["--portfolio", "--time", "20", "--cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["summary"]["cells"] == report["summary"]["proven"] == 1
+    assert report["summary"]["behind"] == 0
+
+
+def test_where_auto_is_behind_is_counted():
+    def row(difference, proven=False):
+        return {"difference": difference, "proven": proven, "latest_s": -difference}
+
+    rows = [row(0.01), row(-0.02), row(0.0, True), row(0.0)]
+    assert bench_portfolio.summary(rows) == {
+        "cells": 4,
+        "proven": 1,
+        "ahead": 1,
+        "behind": 1,
+        "most_behind": 0.01,
+        "latest_s": 0.02,
+    }

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from central.planner.judge import Judge
+from central.planner.judge import Judge, check
 from central.planner.model.plan import Place
 from central.planner.model.problem import Solution, Step
 from central.planner.planning import MAKE_ROOM, plan_by
@@ -77,18 +77,20 @@ def test_the_better_of_two_lanes_wins_whoever_comes_last(problem):
             time.sleep(0.01)
         return Solution()
 
-    solutions, judge = race(problem, [("first", first), ("second", second)], 5.0, 0)
+    judge = Judge(problem)
+    race(problem, [("first", first), ("second", second)], 5.0, 0, judge, 0.0)
     assert judge.best.steps == GOOD.steps
     assert judge.best.solver == "second"
-    assert POOR in solutions
 
 
 def test_lanes_after_the_first_give_way(problem):
-    def lane(problem, deadline, seed):
-        return Solution(notes=(str(os.nice(0)),))
+    def first(problem, deadline, seed):
+        return Solution(bound=os.nice(0) / 100)
 
-    solutions, _ = race(problem, [("first", lane), ("second", lane)], LATER_S, 0)
-    assert {solution.notes[0] for solution in solutions} == {str(os.nice(0)), str(min(19, os.nice(0) + _NICE))}
+    for lanes, nice in (([("only", first)], 0), ([("idle", lambda *_: Solution()), ("second", first)], _NICE)):
+        judge = Judge(problem)
+        race(problem, lanes, LATER_S, 0, judge, 0.0)
+        assert judge.bound == pytest.approx(min(19, os.nice(0) + nice) / 100)
 
 
 def test_a_proof_ends_the_race(problem):
@@ -98,8 +100,9 @@ def test_a_proof_ends_the_race(problem):
     def slow(problem, deadline, seed):
         hang()
 
-    solutions, judge = race(problem, [("slow", slow), ("quick", quick)], LATER_S, 0)
-    assert len(solutions) == 1
+    judge = Judge(problem)
+    race(problem, [("slow", slow), ("quick", quick)], LATER_S, 0, judge, 0.0)
+    assert judge.heard == 1
     assert judge.best.steps == GOOD.steps
     settle()  # returns: the slow one was ended
 
@@ -141,7 +144,8 @@ def test_a_process_that_dies_is_told_unless_there_is_a_plan(problem):
 def test_the_judge_counts_what_copying_costs(build, pose, cost_per_gb, kept):
     """Either VM's move makes one slot; what was heard first stays, unless the other one is cheaper to copy."""
     problem = pose(build([[30], [30]], [(0, {0: 10}), (0, {0: 8}), (1, {0: 16})]), 2)
-    judge = Judge(replace(problem, objective=replace(problem.objective, cost_per_gb=cost_per_gb)))
+    problem = replace(problem, objective=replace(problem.objective, cost_per_gb=cost_per_gb))
+    judge = Judge(problem)
     for vm in (0, 1, 0):
-        judge.hear(Solution((Step(vm, Place(1, (0,))),)), "test")
+        judge.hear(check(problem, Solution((Step(vm, Place(1, (0,))),)), "test"))
     assert [move.vm for move in judge.best.moves] == [kept]
