@@ -29,14 +29,14 @@ def flows(n, **changed):
     columns = {
         "source": np.arange(1, n + 1),
         "destination": np.zeros(n, np.int64),
-        "hosts": 2 * n + 2,
+        "hosts": 64,
         "age_s": np.arange(n, 0, -1.0),
         "attained_bytes": np.full(n, 1e7),
         "priority": np.zeros(n, np.int64),
         "migration": np.zeros(n, np.bool_),
         "priorities": np.full(n, 4),
     }
-    return replace(made, **(columns | {name: np.asarray(value) for name, value in changed.items() if name != "hosts"}))
+    return replace(made, **(columns | {name: np.asarray(value) for name, value in changed.items()}))
 
 
 def turns(of):
@@ -131,7 +131,6 @@ def by_verdicts(simulation, trace, tick_s=0.01):
             attained_bytes=active.attained_bytes[long],
             priority=turn[which],
         )
-        seen = replace(seen, hosts=16)
         for row in RULE.changed(seen):
             turn[which[row]] = 1 - turn[which[row]]
             simulation.set_verdict(int(which[row]), 3 - int(turn[which[row]]))
