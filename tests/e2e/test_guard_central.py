@@ -169,6 +169,58 @@ def test_what_was_learned_survives_a_restart(site):
     here.until(lambda: "goes on from" in (here.folder / "log").read_text(), turn=False)
 
 
+class Liar(Host):
+    """Whatever a message may hold, in any order and number; now and then it is another host of another group."""
+
+    def any_count(self):
+        return int(self.rng.choice([0, 1, 7, 2**62, 2**63 - 1]))
+
+    def hello(self):
+        return Hello(
+            host=self.name, group=str(self.rng.choice(["web", f"x{self.rng.integers(50)}"])),
+            levels=int(self.rng.choice([2, 4, 8])), backend="", queues="", link_rate_bps=self.any_count(),
+            epoch=self.any_count(), thresholds=[], version="", visible_bytes=self.any_count(),
+        )  # fmt: skip
+
+    def turn(self):
+        self.link.receive()
+        numbers = [self.any_count() for _ in range(6)]
+        flows = [FlowSummary(address, "", *numbers) for address in ("10.0.0.1", "no address", "") * 30]
+        sizes = {int(size): self.any_count() for size in self.rng.integers(0, 384, 30)}
+        for _ in range(5):
+            sequence, interval_ns, epoch, sent_bytes, long, active = (self.any_count() for _ in range(6))
+            self.link.send(
+                Report(
+                    host=self.name, sequence=sequence, interval_ns=interval_ns, epoch=epoch, sent_bytes=sent_bytes,
+                    sizes=sizes, durations=sizes, finished=self.any_count(), finished_sample=flows, long=long,
+                    long_flows=flows, active=active, counters={},
+                )
+            )  # fmt: skip
+        if self.rng.random() < 0.3:
+            self.link.send(self.hello())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ["configured", "clustered"])
+def test_hosts_that_lie_in_every_number_stop_nothing(site, groups):
+    more = {"scheme": "optimiser", "thresholds": "", "groups": groups, "window_s": 5, "min_flows": 50}
+    here = site(
+        "Dutiful",
+        *("--set", "policy.learner=central.srla.online:OnlineSrla"),
+        *(word for key, value in more.items() for word in ("--set", f"policy.{key}={value}")),
+    )
+    honest, section = list(here.hosts), LinkSection(endpoint=here.status()["endpoint"], insecure=True)
+    for n in range(2):
+        here.hosts.append(Liar(f"liar{n}", section))
+        here.stack.enter_context(closing(here.hosts[-1].link))
+    here.until(lambda: here.status()["learner"].get("transitions", 0) >= 20 and honest[0].sequence > 200)
+    told = here.status()
+    assert (told["worker_restarts"], told["learner"]["restarts"], told["learner"]["failures"]) == (0, 0, 0)
+    for host in honest:
+        assert host.received
+        assert all(vector == sorted(set(vector)) and vector[0] > 0 for vector in host.received)
+
+
 @pytest.mark.slow
 def test_the_shipped_learner_learns_from_hosts(site):
     """OnlineSrla in its process: it learns, it proposes, and nothing breaks; hosts feel no difference in this world."""

@@ -66,6 +66,32 @@ def test_a_host_that_changes_its_traffic_changes_its_part():
     assert {name for name in hosts if after[name] != before[name]} == {"web0"}
 
 
+def test_hosts_that_drift_away_and_back_change_their_part_once_each_way():
+    parts, moves, counts = {}, dict.fromkeys([f"d{n}" for n in range(4)] + [f"w{n}" for n in range(4)], 0), []
+    shares = [*np.linspace(0, 1, 20), *[1.0] * 5, *np.linspace(1, 0, 20), *[0.0] * 5]
+    for step, share in enumerate(shares):
+        hosts = fleet(100 * step, w=(WEB, 4))
+        for n in range(4):
+            both = sizes(MINING, 100 * step + 50 + n) * share, sizes(WEB, 100 * step + 60 + n) * (1 - share)
+            hosts[f"d{n}"] = sum(both)
+        now = divide(hosts, parts)
+        moves = {name: moves[name] + (now[name] != parts.get(name, 0)) for name in moves}
+        parts = now
+        counts.append(len(set(parts.values())))
+    assert counts[0] == counts[-1] == 1
+    assert set(counts[20:25]) == {2}
+    assert all(count <= 3 for count in moves.values())
+    assert all(moves[f"w{n}"] == 0 for n in range(4))
+
+
+def test_a_host_that_tells_nonsense_moves_nobody_else():
+    random, parts = np.random.default_rng(5), {}
+    for step in range(40):
+        nonsense = np.where(random.random(BINS) < 0.02, 2.0**62 * random.random(BINS), 0.0)
+        parts = divide(fleet(20 * step, web=(WEB, 5)) | {"liar": nonsense + at(3)}, parts)
+        assert {part for name, part in parts.items() if name != "liar"} == {0}
+
+
 def test_a_host_between_two_parts_does_not_go_to_and_fro():
     before = divide({"a": at(10), "b": at(12)}, {})
     assert before["a"] != before["b"]
