@@ -84,12 +84,12 @@ class Capture:
 
 
 @contextlib.contextmanager
-def captured(netns: str) -> Iterator[Capture]:
-    """Headers of everything that arrives at nic0 of a namespace from its peer."""
+def captured(netns: str, interface: str = "nic0") -> Iterator[Capture]:
+    """Headers of everything that arrives at an interface of a namespace from its peer."""
     with in_netns(netns):
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
         tap.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
-        tap.bind(("nic0", 0))
+        tap.bind((interface, 0))
     tap.settimeout(0.1)
     capture, stop = Capture(), threading.Event()
 
@@ -121,7 +121,7 @@ def captured(netns: str) -> Iterator[Capture]:
 
 def parsed(frame: bytes) -> Seen | None:
     kind = frame[12:14]
-    if len(frame) < 74:  # cut short, or without TCP options: none of a socket's
+    if len(frame) < 66:  # cut short, or without TCP options: none of a socket's
         return None
     if kind == b"\x08\x00":
         traffic_class, protocol = frame[15], frame[23]
@@ -133,7 +133,7 @@ def parsed(frame: bytes) -> Seen | None:
         end = 54 + struct.unpack_from("!H", frame, 18)[0]
     else:
         return None
-    if protocol != 6:
+    if protocol != 6 or len(frame) < offset + 20:
         return None
     sequence, flags = struct.unpack_from("!I", frame, offset + 4)[0], frame[offset + 13]
     return Seen(traffic_class >> 2, traffic_class & 3, sequence, flags, end - offset - (frame[offset + 12] >> 4) * 4)
@@ -166,9 +166,9 @@ def wait_for_gap(connection: socket.socket, least_s: float = 0.05) -> None:
     time.sleep(max(least_s, 3e-6 * srtt_us))
 
 
-def levels_at(place: int, again_bytes: int) -> set[int]:
+def levels_at(place: int, again_bytes: int, thresholds: Thresholds = SETTINGS.thresholds) -> set[int]:
     """DSCPs that the byte at `place` of a message may carry; so many before it may have been sent twice, and count."""
-    least, most = SETTINGS.thresholds.level_of(place), SETTINGS.thresholds.level_of(place + again_bytes)
+    least, most = thresholds.level_of(place), thresholds.level_of(place + again_bytes)
     return set(SETTINGS.dscp[least : most + 1])
 
 

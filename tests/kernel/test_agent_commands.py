@@ -1,16 +1,18 @@
 """`fabricpilot agent` as an operator meets it: under traffic, killed, restarted, and given nonsense."""
 
+import contextlib
 import json
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from agent_kit import FABRICPILOT, AgentHost, end, wait_for
 from datapath_kit import bpf_file_system, run
+from datapath_wire import Capture, captured, first_time, levels_at, sent_again
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.levels import Thresholds, default_dscp
@@ -61,35 +63,6 @@ def host(make_netns, tmp_path):
         made.close()
 
 
-class Wire(threading.Thread):
-    """What arrives at the peer of one TCP flow: (DSCP, payload bytes) of every packet in order."""
-
-    def __init__(self, host):
-        super().__init__(daemon=True)
-        self.seen = []
-        self.tap = host.socket(host.peer, socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
-        self.tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-        self.tap.settimeout(0.2)
-        self.done = threading.Event()
-        self.start()
-
-    def run(self):
-        while not self.done.is_set():
-            try:
-                frame = self.tap.recv(2048)
-            except TimeoutError:
-                continue
-            total, tcp = struct.unpack_from("!H", frame, 16)[0], 14 + (frame[14] & 15) * 4
-            if frame[23] == 6 and struct.unpack_from("!H", frame, tcp + 2)[0] == PORT:
-                self.seen.append((frame[15] >> 2, total - (tcp - 14) - (frame[tcp + 12] >> 4) * 4))
-
-    def close(self):
-        time.sleep(0.3)
-        self.done.set()
-        self.join()
-        self.tap.close()
-
-
 class Flow(threading.Thread):
     """A TCP flow that writes small pieces until stopped."""
 
@@ -128,35 +101,42 @@ class Flow(threading.Thread):
         self.receiver.close()
 
 
-def assert_every_packet_right(seen, thresholds=THRESHOLDS):
-    attained, wrong = 0, []
-    for number, (dscp, payload) in enumerate(seen):
-        wanted = DSCP[thresholds.level_of(attained) if payload else 0]
-        if dscp != wanted:
-            wrong.append((number, attained, payload, dscp, wanted))
-        attained += payload
+@contextlib.contextmanager
+def flow_on_the_wire(host: Host) -> Iterator[tuple[Flow, Capture]]:
+    """A flow, ended with the block, and all its packets as they arrive."""
+    with captured(host.peer, "nic") as capture:
+        flow = Flow(host)
+        try:
+            yield flow, capture
+        finally:
+            flow.close()
+
+
+def assert_every_packet_right(capture: Capture, sent_bytes: int) -> None:
+    """All that was sent arrived, each packet on the level of the bytes before it; those without payload at the top."""
+    placed, again_bytes = first_time(capture.packets), sent_again(capture.packets)
+    assert placed[-1][0] + placed[-1][1].payload_bytes == sent_bytes
+    wrong = [(place, seen) for place, seen in placed if seen.dscp not in levels_at(place, again_bytes, THRESHOLDS)]
     assert not wrong, wrong[:5]
-    return attained
+    assert {seen.dscp for seen in capture.packets if not seen.payload_bytes} == {DSCP[0]}
+    assert {seen.dscp for _, seen in placed} == set(DSCP)
 
 
 def test_a_killed_agent_leaves_tagging_going_and_the_next_one_adopts(host):
     first = host.start("--thresholds", ",".join(map(str, THRESHOLDS.bytes)))
-    wire, flow = Wire(host), Flow(host)
-    flow.until(50_000)
-    end(first, signal.SIGKILL)
-    flow.until(flow.sent + 100_000)  # passes the second threshold with no agent there
-    assert host.status()["agent"] == "not running"
-    second = host.start()
-    adopted = host.status()["datapath"]
-    assert adopted["adopted"]
-    assert adopted["thresholds"] == list(THRESHOLDS.bytes)
-    flow.until(1_100_000)
-    [listed] = json.loads(host.agent("dump", "--json").stdout)["flows"]
-    flow.close()
-    wire.close()
+    with flow_on_the_wire(host) as (flow, capture):
+        flow.until(50_000)
+        end(first, signal.SIGKILL)
+        flow.until(flow.sent + 100_000)  # passes the second threshold with no agent there
+        assert host.status()["agent"] == "not running"
+        second = host.start()
+        adopted = host.status()["datapath"]
+        assert adopted["adopted"]
+        assert adopted["thresholds"] == list(THRESHOLDS.bytes)
+        flow.until(1_100_000)
+        [listed] = json.loads(host.agent("dump", "--json").stdout)["flows"]
     assert listed["size_bytes"] >= 1_100_000 - STEP_BYTES  # nothing was forgotten on the way
-    assert assert_every_packet_right(wire.seen) >= flow.sent  # a retransmission passes the wire again
-    assert {dscp for dscp, _ in wire.seen} == set(DSCP)
+    assert_every_packet_right(capture, flow.sent)
     assert end(second, signal.SIGTERM) == 0
     assert host.status()["datapath"]["interfaces"] == ["nic"]
 
@@ -179,19 +159,17 @@ def test_central_killed_changes_nothing_for_traffic_and_the_agent_rejoins(host, 
         link = [f"link.key={keys}/hosts/h1.key_secret", f"link.central_key={keys}/central.key", "host.name=h1"]
         agent = host.start("--central=tcp://127.0.0.1:5556", *(f"--set={item}" for item in link))
         wait_for(lambda: host.status()["policy"]["epoch"] > 0, agent)
-        wire, flow = Wire(host), Flow(host)
-        flow.until(20_000)
-        end(central, signal.SIGKILL)
-        begin = time.monotonic()
-        wait_for(lambda: not host.status()["link"]["connected"], agent)
-        time.sleep(max(0.0, begin + outage_s - time.monotonic()))
-        epoch = host.status()["policy"]["epoch"]
-        central = start_central()
-        wait_for(lambda: host.status()["policy"]["epoch"] > epoch, agent)
-        flow.until(1_100_000)
-        flow.close()
-        wire.close()
-        assert assert_every_packet_right(wire.seen) >= flow.sent  # a retransmission passes the wire again
+        with flow_on_the_wire(host) as (flow, capture):
+            flow.until(20_000)
+            end(central, signal.SIGKILL)
+            begin = time.monotonic()
+            wait_for(lambda: not host.status()["link"]["connected"], agent)
+            time.sleep(max(0.0, begin + outage_s - time.monotonic()))
+            epoch = host.status()["policy"]["epoch"]
+            central = start_central()
+            wait_for(lambda: host.status()["policy"]["epoch"] > epoch, agent)
+            flow.until(1_100_000)
+        assert_every_packet_right(capture, flow.sent)
         assert end(agent, signal.SIGINT) == 0
     finally:
         end(central, signal.SIGKILL)

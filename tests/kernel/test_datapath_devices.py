@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from datapath_kit import in_netns, run
-from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, captured, transfer
+from datapath_wire import ADDRESSES, PORT, SETTINGS, Host, captured, first_time, sent_again, transfer
 
 from hostagent.datapath.base import FLAG_SAW_MESSAGE
 
@@ -21,12 +21,10 @@ def flow(host: Host):
 
 def assert_all_levels_in_order(host: Host, capture) -> None:
     """The flow sank through all levels, and every byte was counted."""
-    sent = [seen for seen in capture.packets if seen.payload_bytes]
-    levels = [SETTINGS.dscp.index(seen.dscp) for seen in sent]
+    levels = [SETTINGS.dscp.index(seen.dscp) for _, seen in first_time(capture.packets)]
     assert set(levels) == set(range(4))
-    if sum(seen.payload_bytes for seen in sent) == SIZE_BYTES:  # nothing was sent again
-        assert levels == sorted(levels)
-    assert flow(host)["attained_bytes"] == sum(seen.payload_bytes for seen in sent)
+    assert levels == sorted(levels)
+    assert flow(host)["attained_bytes"] == SIZE_BYTES + sent_again(capture.packets)
     assert flow(host)["flags"] & FLAG_SAW_MESSAGE
     assert host.datapath.counters()["untracked_malformed"] == 0
 
