@@ -42,6 +42,13 @@ def test_rankings_that_see_more_gain_more() -> None:
     assert records[0]["gain"] < records[1]["gain"] < records[2]["gain"]
 
 
+def test_turns_gain_more() -> None:
+    asked = ("--cdf", WEB_SEARCH, "--queues", "4", "--json")
+    shared, turns = (json.loads(run(*asked, *more)) for more in ((), ("--turns",)))
+    assert turns["gain"] > shared["gain"] + 0.05
+    assert turns["thresholds"][2] == turns["thresholds"][1] + 1
+
+
 def test_all_leaves_out_what_was_never_published() -> None:
     records = json.loads(run("--cdf", "homa_w1_bytes_cdf", "--queues", "4", "--method", "all", "--json"))
     assert [record["method"] for record in records] == ["exact", "mm1", "equal-split"]
