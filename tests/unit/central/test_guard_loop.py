@@ -263,6 +263,23 @@ def test_groups_that_are_away_are_not_forgotten(tmp_path):
     assert kept == {"web": list(BAD.bytes), "other": list(GOOD.bytes)}
 
 
+def test_many_groups_are_written_down_at_once(tmp_path, monkeypatch):
+    written = []
+    write = GuardMemory.write
+    monkeypatch.setattr(GuardMemory, "write", lambda self, memory: (written.append(memory), write(self, memory)))
+    others = [SimulatedHost(f"o{n}", n, WEB_SEARCH, 0.5, 20, group=f"g{n}") for n in range(20)]
+    hosts = fleet(1, seconds=20) + others
+    loop = Loop(hosts, GOOD, lambda _summary: None, folder=tmp_path)
+    for _ in range(5):  # the scheme decides at the fifth
+        loop.second()
+    assert written == []
+    loop.steering.advance(5.2)
+    assert len(written) == 1
+    assert {kept.group for kept in GuardMemory(tmp_path).read().groups} == {"web", *(f"g{n}" for n in range(20))}
+    loop.steering.switch("frozen", 5.3)
+    assert GuardMemory(tmp_path).read().mode == "frozen"  # the kill switch does not wait
+
+
 def test_a_group_that_comes_back_gets_what_it_had():
     loop = Loop(fleet(2, seconds=100), GOOD, lambda _summary: None)
     for _ in range(10):
