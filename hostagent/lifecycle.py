@@ -18,7 +18,7 @@ import msgspec
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, DatapathSection, parse_rate
-from fabricpilot.errors import UsageError
+from fabricpilot.errors import KernelError, UsageError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import open_datapath
 from hostagent.datapath.base import Datapath, MessageRule, Settings, SocketRule
@@ -150,6 +150,8 @@ def bring_up(config: AgentConfig, ipr: IPRoute) -> Scheduled:
             install(plan, name, ipr, run_dir)
             log.info("%s: queues %s: %s", name, plan.kind, plan.why)
         datapath.apply(settings)
+        if config.datapath.mode == "backlog" and not datapath.sees_backlog():
+            raise KernelError("datapath.mode = backlog: this kernel does not let it be seen; mode = auto goes without")
         datapath.serve_sockets(_socket_rule(config.datapath))
         roster = _roster(config, datapath, plans, ipr)
         undo.callback(roster.close)

@@ -202,7 +202,8 @@ def _program() -> Finding:
         said = check_program()
     except KernelError as error:
         return Finding("program", what, False, True, f"{error}; kernel 5.15 or later is needed")
-    return Finding("program", what, True, True, f"{said['instructions']} instructions in {said['seconds']} s")
+    without = f", levels follow bytes sent: {said['blind']}" if said["blind"] else ""
+    return Finding("program", what, True, True, f"{said['instructions']} instructions in {said['seconds']} s{without}")
 
 
 def _pin_dir(pin_dir: Path) -> Finding:

@@ -144,13 +144,14 @@ def _compile_and_load(
     """Compile and load; pin in `pin_dir` unless it is None, in which case all is gone when the child exits."""
     started = time.monotonic()
     macros, blind = backlog_macros()
-    bcc, module = compiled(flow_entries, macros)
-    maps = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
-    kept = _take_over(maps, old_dir, agreeing) if old_dir is not None else []
     try:
-        program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
-    except Exception as error:
-        raise KernelError(f"the kernel refused the BPF program: {error}") from error
+        bcc, module, maps, program, kept = _in_kernel(flow_entries, macros, old_dir, agreeing)
+    except KernelError as error:
+        if not macros:
+            raise
+        # Whatever this kernel minds in the look into its sockets, the rest is worth having.
+        bcc, module, maps, program, kept = _in_kernel(flow_entries, {}, old_dir, agreeing)
+        blind = f"with a look at it, {error}"
     on_cgroups: dict[str, int] = {}
     with contextlib.suppress(Exception):  # without CONFIG_CGROUP_BPF the kernel has no such programs, nor needs them
         for pin, (function, kind, attach_type) in CGROUP_PROGRAMS.items():
@@ -166,6 +167,20 @@ def _compile_and_load(
         "seconds": round(time.monotonic() - started, 3),
         "kept": kept,
     }
+
+
+def _in_kernel(
+    flow_entries: int, macros: Mapping[str, int], old_dir: Path | None, agreeing: Collection[str]
+) -> tuple[Any, Any, dict[str, int], Any, list[str]]:
+    """The compiler, its module, the maps by name, the loaded egress program, and the old maps that it works on."""
+    bcc, module = compiled(flow_entries, macros)
+    maps = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
+    kept = _take_over(maps, old_dir, agreeing) if old_dir is not None else []
+    try:
+        program = module.load_func(PROGRAM.encode(), bcc.BPF.SCHED_CLS)
+    except Exception as error:
+        raise KernelError(f"the kernel refused the BPF program: {error}") from error
+    return bcc, module, maps, program, kept
 
 
 def _take_over(maps: dict[str, int], old_dir: Path, agreeing: Collection[str]) -> list[str]:

@@ -154,7 +154,8 @@ def tos_of_arrivals(namespace, nic, port):
 def test_a_long_flow_gets_a_verdict_and_its_packets_follow_it(site):
     site.until(lambda: site.status("agent")["link"]["connected"])
     site.until(lambda: site.status("agent")["flow_control"]["routes"] == {"1": "usable", "2": "usable"})
-    time.sleep(0.5)  # a report has told central which routes there are
+    [host] = site.status("central")["hosts"]
+    site.until(lambda: site.status("central")["hosts"][0]["reports"] > host["reports"] + 1)  # with these routes
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     taps = {nic: tos_of_arrivals(site.peer, nic, 9001) for nic in ("nic0", "nic1")}
     for _ in range(5):

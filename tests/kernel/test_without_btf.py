@@ -9,7 +9,10 @@ import threading
 
 import pytest
 from datapath_kit import bpf_file_system, in_netns, start_agent
-from datapath_wire import ADDRESSES, PORT, captured
+from datapath_wire import ADDRESSES, PORT, SETTINGS, captured
+
+from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.ebpf_loader import check_program
 
 HIDE_BTF = """
 import ctypes, json, os, sys
@@ -92,6 +95,22 @@ def test_backlog_is_refused_if_it_was_asked_for_by_name(tmp_path):
         said = said_by(OPEN, str(root / "fabricpilot"))
     assert said.count("\n") == 1
     assert "datapath.mode = backlog needs backlog" in said
+
+
+def test_a_kernel_that_refuses_the_look_at_its_sockets_gets_the_program_without_it(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import hostagent.datapath.backlog_offsets as offsets\n"
+        "offsets.backlog_macros = lambda: dict.fromkeys(offsets._MACROS, 1 << 20)  # behind the end of any socket\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = check_program()
+    assert "the kernel refused the BPF program" in said["blind"]
+    with bpf_file_system(tmp_path / "bpf") as root:
+        datapath = EbpfDatapath(root / "fabricpilot", 1024)
+        datapath.apply(SETTINGS)
+        assert not datapath.sees_backlog()
+        datapath.detach()
+        datapath.close()
 
 
 @pytest.mark.parametrize("hint_bytes", [0, 200_000])
