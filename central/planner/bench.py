@@ -7,7 +7,7 @@ The bound of a problem is the best any solver proved. `--plot` draws FR against 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ SOLVERS = ("greedy", "packing", "pop", "swap", "lns", "beam", "learned", "exact"
 @click.option("--portfolio", is_flag=True, help="Only: `auto` against every single solver with the same time.")
 @click.option("--problem", "problems", multiple=True, help="With --portfolio: only these problems.")
 @click.option("--time", "times", multiple=True, type=float, help="With --portfolio: only these deadlines.")
-@click.option("--cpu", is_flag=True, help="With --portfolio: deadlines in CPU seconds, for a busy machine.")
+@click.option("--cpu", is_flag=True, help="Deadlines in CPU seconds, for a busy machine.")
 @click.option("--json", "as_json", is_flag=True)
 def planner(
     shapes: tuple[str, ...],
@@ -52,11 +52,11 @@ def planner(
         for line in growth():
             click.echo(json.dumps(line) if as_json else "  ".join(f"{key} {value}" for key, value in line.items()))
         return
+    clock = time.process_time if cpu else time.monotonic
     if portfolio:
         from central.planner import bench_portfolio
 
         rows = []
-        clock = time.process_time if cpu else time.monotonic
         for row in bench_portfolio.compare(problems, times or bench_portfolio.DEADLINES_S, seeds, clock):
             rows.append(row)
             click.echo(bench_portfolio.line(row), err=True)
@@ -65,7 +65,7 @@ def planner(
         return
     cases = [case for case in CASES if not shapes or case[0] in shapes]
     results = []
-    for row in measure(cases, solvers or SOLVERS, mnls, seeds, deadline):
+    for row in measure(cases, solvers or SOLVERS, mnls, seeds, deadline, clock):
         results.append(row)
         click.echo(
             f"{row['shape']:9} {row['objective']:6} seed {row['seed']} MNL {row['mnl']:3} {row['solver']:8} "
@@ -84,7 +84,12 @@ def planner(
 
 
 def measure(
-    cases: list[tuple[str, str]], solvers: tuple[str, ...], mnls: tuple[int, ...], seeds: int, deadline: float
+    cases: list[tuple[str, str]],
+    solvers: tuple[str, ...],
+    mnls: tuple[int, ...],
+    seeds: int,
+    deadline: float,
+    clock: Callable[[], float],
 ) -> Iterator[dict[str, Any]]:
     """One row per case, seed, MNL and solver."""
     from central.planner.generator import generate, shape
@@ -99,7 +104,7 @@ def measure(
                 problem = Problem(mapping, parse_objective(objective), Limits(mnl))
                 for solver in solvers:
                     used_s = _cpu_s()
-                    plan = make_plan(problem, solver, deadline, seed)
+                    plan = make_plan(problem, solver, deadline, seed, clock)
                     yield {
                         "shape": name,
                         "objective": objective,

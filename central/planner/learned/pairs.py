@@ -18,7 +18,9 @@ from central.planner.model.cluster import Bools, Ints
 from central.planner.model.state import Floats, State, Valuation
 from central.planner.solvers.gains import Occupancy, rows_value
 from central.planner.solvers.tables import Singles
+from fabricpilot.errors import UsageError
 
+MOST_ENTRIES = 4_000_000  # of one table: some 100 MB with what building it takes, and every trajectory has its own
 NONE = -4.0  # stands for the gain of what cannot be done
 
 
@@ -34,6 +36,11 @@ class Pairs:
             self.groups.append(np.array([g for g, own in enumerate(cluster.group_kind) if own == alike]))
             self.places.append(cluster.group_places[int(self.groups[-1][0])])
         shapes = [(len(g), len(g), len(p)) for g, p in zip(self.groups, self.places, strict=True)]
+        if sum(a * b * places for a, b, places in shapes) > MOST_ENTRIES:
+            raise UsageError(
+                f"the policy compares every two VM sizes, and {cluster.groups} sizes on {len(cluster.place_pm)} places "
+                "are too many for it: use another solver, such as auto"
+            )
         self.both: list[Singles] = [np.full(shape, NONE, dtype=np.float32) for shape in shapes]
         self.turn: list[Singles] = [np.full(shape, NONE, dtype=np.float32) for shape in shapes]
         for kind, places in enumerate(self.places):

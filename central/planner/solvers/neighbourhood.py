@@ -47,8 +47,7 @@ def search(
     """Improve a plan, or a better one that others find meanwhile, until time is up or it is `enough`."""
     random = np.random.default_rng(seed)
     best = walk_along(problem, cluster, steps)
-    plain = problem.limits.per_pm is None and problem.limits.per_tenant is None
-    if not plain or problem.limits.max_bytes is not None or any(t.nodes > 1 for t in problem.objective.terms):
+    if not searchable(problem):
         return best
     weigh = score or fragments
     while deadline.left_s > LEAST_STEP_S and not enough(best) and not best.reached():
@@ -67,6 +66,13 @@ def search(
                     best = walk
                     deadline.board.post(Solution(tuple(best.steps)))
     return best
+
+
+def searchable(problem: Problem) -> bool:
+    """Whether neighbourhoods know all of the problem: no limit but MNL, and no term over several nodes."""
+    limits = problem.limits
+    plain = limits.per_pm is None and limits.per_tenant is None and limits.max_bytes is None
+    return plain and all(term.nodes == 1 for term in problem.objective.terms)
 
 
 def fragments(walk: Walk) -> npt.NDArray[np.float64]:

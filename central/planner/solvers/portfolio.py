@@ -12,12 +12,14 @@ and once the bound is met, than none. With one core only the first lane runs.
 from central.planner.model.problem import Deadline, Problem, Solution
 from central.planner.solvers.exact import best_known, better, cluster_of, first_plan, improve, walk_along
 from central.planner.solvers.greedy import Walk, descend
-from central.planner.solvers.neighbourhood import search
+from central.planner.solvers.neighbourhood import search, searchable
 from central.planner.solvers.packing import packing
 from central.planner.solvers.registry import solver
+from fabricpilot.errors import UsageError
 
 PACKING_SHARE = 0.3  # of what is left after the exact solver, on one core
-# Beside it: (solver, most of the time left for it, least seconds it needs: the policy's library takes one to load)
+# Beside it: (solver, most of the time left for it if a search is to follow, least seconds: the policy's library takes
+# one to load)
 OTHERS = (("packing", 1.0, 0.0), ("pop", 0.35, 0.5), ("learned", 0.7, 2.0))
 
 
@@ -45,7 +47,12 @@ def beside(problem: Problem, deadline: Deadline, seed: int) -> Solution:
     for name, share, least_s in OTHERS:
         if deadline.left_s < least_s:
             continue
-        found = walk_along(problem, cluster, solver(name)(problem, deadline.part(share), seed).steps)
+        if not searchable(problem):
+            share = 1.0
+        try:
+            found = walk_along(problem, cluster, solver(name)(problem, deadline.part(share), seed).steps)
+        except UsageError:  # it is not made for such clusters
+            continue
         if better(found, best):
             best = found
             deadline.board.post(Solution(tuple(best.steps)))

@@ -10,7 +10,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from central.planner.generator import SHAPES, generate
-from central.planner.learned import distill, ppo, weights
+from central.planner.learned import distill, pairs, ppo, weights
 from central.planner.learned.envs import KINDS, Kind, RescheduleEnv, register_envs
 from central.planner.learned.network import Policy, batch_of
 from central.planner.learned.observe import Observer
@@ -19,8 +19,10 @@ from central.planner.learned.solver import Options, learned
 from central.planner.model.objective import parse_objective
 from central.planner.model.problem import Deadline, Limits, Problem
 from central.planner.planning import make_plan, plan_by
+from central.planner.solvers import portfolio
 from central.planner.solvers.gains import shift_gain
 from central.planner.solvers.greedy import Walk
+from fabricpilot.errors import UsageError
 
 
 def problem_of(name="tiny", mnl=6, objective="fr", **limits):
@@ -241,3 +243,11 @@ def test_two_environments_of_one_seed_agree():
             rewards.append((reward, float(seen["vm"].sum())))
         runs.append(rewards)
     assert runs[0] == runs[1]
+
+
+def test_too_many_sizes_are_refused(monkeypatch, ticking):
+    monkeypatch.setattr(pairs, "MOST_ENTRIES", 100)
+    with pytest.raises(UsageError, match="too many for it"):
+        learned(problem_of("tiny"), Deadline(30.0), 0)
+    monkeypatch.setattr(portfolio, "OTHERS", (("learned", 1.0, 0.0),))
+    assert portfolio.beside(problem_of("tiny"), Deadline(1.0, ticking), 0).steps  # which goes on without it
