@@ -1,24 +1,20 @@
 """`agent run` with rules and routes in its configuration, and verdicts from a central that speaks the wire protocol."""
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import zmq
+from agent_kit import AgentHost, wait_for
 from datapath_kit import bpf_file_system, in_netns, run
 
 from fabricpilot.wire import FlowVerdict, Hello, Report, Verdicts, decode_from_host, encode
 
-FABRICPILOT = str(Path(sys.executable).with_name("fabricpilot"))
 CONFIG = """
 [host]
 interfaces = ["nic0"]
-run_dir = "{directory}"
 report_interval_s = 0.2
 [datapath]
 pin_dir = "{pins}/fabricpilot"
@@ -39,8 +35,29 @@ level = 3
 """
 
 
+class Site(AgentHost):
+    """A host with two ways to its peer, its agent running; and a central that is this test."""
+
+    def __init__(self, name: str, directory: Path, config: Path):
+        super().__init__(name, directory, "--config", str(config))
+        self.central = zmq.Context().socket(zmq.ROUTER)
+        self.central.bind("tcp://127.0.0.1:5557")
+        self.start()
+
+    def close(self) -> None:
+        super().close()
+        self.central.close(linger=0)
+
+    def told(self, what: str) -> dict:
+        return json.loads(self.agent(what, "--json").stdout)
+
+    def levels(self) -> dict[int, int]:
+        """Level by destination port."""
+        return {flow["destination_port"]: flow["level"] for flow in self.told("dump")["flows"]}
+
+
 @pytest.fixture
-def host(make_netns, tmp_path):
+def site(make_netns, tmp_path):
     name, peer = make_netns("host"), make_netns("peer")
     for path in range(2):
         nic = f"nic{path}"
@@ -50,19 +67,11 @@ def host(make_netns, tmp_path):
             run("ip", "link", "set", nic, "up", netns=namespace)
     run("ip", "link", "set", "lo", "up", netns=name)
     config = tmp_path / "agent.toml"
-    with bpf_file_system(tmp_path / "bpf") as pins:
-        config.write_text(CONFIG.format(directory=tmp_path, pins=pins))
-        with in_netns(name):
-            central = zmq.Context().socket(zmq.ROUTER)
-            central.bind("tcp://127.0.0.1:5557")
-            process = subprocess.Popen([FABRICPILOT, "agent", "run", "--config", str(config)])
-            try:
-                yield name, config, central
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(timeout=20)
-                subprocess.run([FABRICPILOT, "agent", "detach", "--config", str(config)], check=False, timeout=20)
-                central.close(linger=0)
+    with bpf_file_system(tmp_path / "bpf") as pins, in_netns(name):
+        config.write_text(CONFIG.format(pins=pins))
+        made = Site(name, tmp_path, config)
+        yield made
+        made.close()
 
 
 def next_message(central, kind, condition=lambda message: True):
@@ -77,46 +86,27 @@ def next_message(central, kind, condition=lambda message: True):
     pytest.fail("waited in vain")
 
 
-def levels(name, config) -> dict[int, int]:
-    """Level by destination port, as `agent dump` shows it."""
-    done = subprocess.run(
-        [FABRICPILOT, "agent", "dump", "--config", str(config), "--json"], capture_output=True, check=True
-    )
-    return {flow["destination_port"]: flow["level"] for flow in json.loads(done.stdout)["flows"]}
-
-
-def test_rules_routes_and_verdicts_of_a_running_agent(host):
-    name, config, central = host
-    who, hello = next_message(central, Hello)
+def test_rules_routes_and_verdicts_of_a_running_agent(site):
+    who, hello = next_message(site.central, Hello)
     assert hello.routes == [2]
-    next_message(central, Report, lambda report: report.usable_routes == [2])
+    next_message(site.central, Report, lambda report: report.usable_routes == [2])
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("10.70.1.1", 4000))
     for port in (9, 10, 11):
         udp.sendto(b"x" * 100, ("10.70.1.2", port))
-    assert levels(name, config) == {9: 3, 10: 0, 11: 0}
+    assert site.levels() == {9: 3, 10: 0, 11: 0}
     flow = ("10.70.1.1", "10.70.1.2", 4000, 10, 17)
-    central.send_multipart([who, encode(Verdicts(verdicts=[FlowVerdict(*flow, 2, 2, 60.0)]))])
-
-    def status():
-        done = subprocess.run([FABRICPILOT, "agent", "status", "--config", str(config), "--json"], capture_output=True)
-        return json.loads(done.stdout)
-
-    deadline = time.monotonic() + 10
-    while status()["flow_control"]["verdicts"] != 1:
-        assert time.monotonic() < deadline
+    site.central.send_multipart([who, encode(Verdicts(verdicts=[FlowVerdict(*flow, 2, 2, 60.0)]))])
+    wait_for(lambda: site.status()["flow_control"]["verdicts"] == 1)
     for _ in range(3):
         udp.sendto(b"x" * 100, ("10.70.1.2", 10))
         time.sleep(0.1)
-    assert levels(name, config) == {9: 3, 10: 2, 11: 0}
-    told = status()
+    assert site.levels() == {9: 3, 10: 2, 11: 0}
+    told = site.status()
     assert told["flow_control"]["routes"] == {"2": "usable"}
     assert told["datapath"]["counters"]["routed"] >= 1
-    done = subprocess.run(
-        [FABRICPILOT, "agent", "rules", "--config", str(config), "--json"], capture_output=True, check=True
-    )
-    [rule] = json.loads(done.stdout)["rules"]
+    [rule] = site.told("rules")["rules"]
     assert (rule["name"], rule["flows"]) == ("bulk", 1)
-    run("ip", "link", "set", "nic1", "down", netns=name)
-    next_message(central, Report, lambda report: report.usable_routes == [])
+    run("ip", "link", "set", "nic1", "down", netns=site.name)
+    next_message(site.central, Report, lambda report: report.usable_routes == [])
     udp.close()

@@ -1,14 +1,12 @@
 """Interfaces that come, go, and change their names while the agent runs; and a thousand of them at once."""
 
-import json
 import logging
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from agent_kit import AgentHost, end, wait_for
 from datapath_kit import bpf_file_system, in_netns, run
 from pyroute2 import IPRoute
 
@@ -16,8 +14,6 @@ from fabricpilot.config import AgentConfig, load
 from fabricpilot.errors import UsageError
 from hostagent.lifecycle import bring_up, take_down
 from hostagent.nics import LinkWatch
-
-FABRICPILOT = str(Path(sys.executable).with_name("fabricpilot"))
 
 
 class Host:
@@ -295,63 +291,45 @@ def test_many_at_once(host, caplog, number):
     assert len(lines) <= 10 + 2 * took_s
 
 
-def test_the_running_agent_follows(host, tmp_path):
+@pytest.fixture
+def running(make_netns, tmp_path):
+    """An agent's host, entered."""
+    name = make_netns("host")
+    with bpf_file_system(tmp_path / "bpf") as pins, in_netns(name):
+        made = AgentHost(name, tmp_path, "--pin-dir", str(pins / "fabricpilot"))
+        yield made
+        made.close()
+
+
+def test_the_running_agent_follows(running, tmp_path):
     """The whole of it: events reach the loop, and `status` and the log tell."""
-    host.config = load(
-        AgentConfig, None, {"host.run_dir": str(host.run_dir), "datapath.pin_dir": str(host.pins / "fabricpilot")}, {}
-    )
-    options = [
-        "--pin-dir",
-        str(host.pins / "fabricpilot"),
-        "--set",
-        f"host.run_dir={host.run_dir}",
-        "--link-rate",
-        "1Gbit",
-    ]
-    options += ["-i", "nic*", "-i", "tap*"]
+    patterns = "-i", "nic*", "-i", "tap*"
+    agent = running.start(*patterns)
 
-    def status() -> dict:
-        said = subprocess.run([FABRICPILOT, "agent", "status", *options[:4], "--json"], capture_output=True, timeout=60)
-        return json.loads(said.stdout)
+    def wait_until_scheduled(*names: str) -> None:
+        wait_for(lambda: running.status()["datapath"]["interfaces"] == list(names), agent)
 
-    def wait_for(names: list[str]) -> dict:
-        deadline = time.monotonic() + 20
-        while (said := status()).get("datapath", {}).get("interfaces") != names or said["agent"] != "running":
-            assert time.monotonic() < deadline, said
-            time.sleep(0.1)
-        return said
-
-    log = (tmp_path / "agent.log").open("w+")
-    agent = subprocess.Popen([FABRICPILOT, "agent", "run", *options], stderr=log)
-    try:
-        wait_for([])
-        add("nic0", "other")
-        run("ip", "tuntap", "add", "dev", "tap0", "mode", "tap")
-        said = wait_for(["nic0", "tap0"])
-        assert said["interfaces"]["scheduled"] == 2
-        assert said["interfaces"]["tag_only"] == 1
-        assert list(said["queues"]) == ["nic0"]
-        assert has_queues("nic0")
-        # Another agent, with a run_dir of its own and these pins, is refused in one line; so is a second one here.
-        for run_dir in (tmp_path / "second", host.run_dir):
-            again = [*options[:2], "--set", f"host.run_dir={run_dir}", *options[4:]]
-            for command in ("run", "detach") if run_dir != host.run_dir else ("run",):
-                extra = again if command == "run" else [*again[:4], *again[6:]]
-                second = subprocess.run(
-                    [FABRICPILOT, "agent", command, *extra], capture_output=True, text=True, timeout=60
-                )
-                assert second.returncode == 2, second.stderr
-                assert len(second.stderr.splitlines()) == 1, second.stderr
-                assert "at work" in second.stderr or "runs already" in second.stderr
-        assert filters("nic0") == 1
-        run("ip", "link", "del", "nic0")
-        wait_for(["tap0"])
-        agent.send_signal(signal.SIGTERM)
-        assert agent.wait(timeout=20) == 0
-    finally:
-        agent.kill()
-        agent.wait()
-    log.seek(0)
+    wait_until_scheduled()
+    add("nic0", "other")
+    run("ip", "tuntap", "add", "dev", "tap0", "mode", "tap")
+    wait_until_scheduled("nic0", "tap0")
+    said = running.status()
+    assert said["interfaces"]["scheduled"] == 2
+    assert said["interfaces"]["tag_only"] == 1
+    assert list(said["queues"]) == ["nic0"]
+    assert has_queues("nic0")
+    # A second one here is refused in one line; so is one with a run_dir of its own and these pins, and its detach.
+    elsewhere = "--set", f"host.run_dir={tmp_path / 'second'}"
+    for what, *options in (("run", *patterns), ("run", *patterns, *elsewhere), ("detach", *elsewhere)):
+        second = running.agent(what, *options)
+        assert second.returncode == 2, second.stderr
+        assert len(second.stderr.splitlines()) == 1, second.stderr
+        assert "at work" in second.stderr or "runs already" in second.stderr
+    assert filters("nic0") == 1
+    run("ip", "link", "del", "nic0")
+    wait_until_scheduled("tap0")
+    assert end(agent) == 0
+    log = running.log_path.read_text().splitlines()
     told = [line.partition("hostagent.roster: ")[2].strip() for line in log if "hostagent.roster" in line]
     assert [line for line in told if line == "tap0 attached, tag only"]
     assert [line for line in told if line.startswith("nic0 attached, queues ")]
