@@ -3,8 +3,9 @@
 Logic: two lanes. The first, `auto` itself, is (1) the look-ahead heuristic, and plain greedy if there is time: good
 plans in a fraction of a second, whatever else happens; (2) the exact solver from the better of them, with all the time
 there is; if its plan meets the bound, nothing can be added; (3) what time is left goes to large-neighbourhood search of
-the best, which treats anti-affinity exactly. `beside` runs on a second core: every other solver, the quick ones first,
-each from the best plan that either lane has found where it can use one. The judge keeps the best of all they post, so
+the best, which treats anti-affinity exactly. `beside` runs on a second core. Where there is anti-affinity, of which
+the exact solver's counts know nothing, it is `lns` from the first moment; elsewhere the other solvers, the quick ones
+first. The search goes on from the best plan that either lane has found. The judge keeps the best of all they post, so
 `auto` is no worse than `exact`, `swap` and `greedy` in the same time, nor than any other solver that `beside` gets to;
 and once the bound is met, than none. With one core only the first lane runs.
 """
@@ -12,7 +13,7 @@ and once the bound is met, than none. With one core only the first lane runs.
 from central.planner.model.problem import Deadline, Problem, Solution
 from central.planner.solvers.exact import best_known, better, cluster_of, first_plan, improve, walk_along
 from central.planner.solvers.greedy import Walk, descend
-from central.planner.solvers.neighbourhood import search, searchable
+from central.planner.solvers.neighbourhood import neighbourhood, search, searchable
 from central.planner.solvers.packing import packing
 from central.planner.solvers.registry import solver
 from fabricpilot.errors import UsageError
@@ -39,7 +40,9 @@ def auto(problem: Problem, deadline: Deadline, seed: int) -> Solution:
 
 
 def beside(problem: Problem, deadline: Deadline, seed: int) -> Solution:
-    """What is worth trying while the exact solver works."""
+    """What is worth trying while the exact solver works: all of `lns` where anti-affinity binds, else the others."""
+    if problem.mapping.anti_affinity and searchable(problem):
+        return neighbourhood(problem, deadline, seed)
     cluster = cluster_of(problem)
     best = Walk(problem, cluster)
     descend(best, deadline)

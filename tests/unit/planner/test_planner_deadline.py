@@ -92,9 +92,20 @@ def rates(problem, clock, names, seconds):
     return {name: make_plan(problem, name, seconds, clock=clock).final.fragment_rate for name in names}
 
 
-@pytest.mark.parametrize(("objective", "limits"), [("fr", "none"), ("fr", "caps"), ("mixed", "none")])
-@pytest.mark.parametrize("seconds", [0.3, 1.0])
-def test_auto_is_never_behind_what_it_begins_with(mapping, pose, clock, objective, limits, seconds):
+CELLS = [("fr", "none"), ("fr", "caps"), ("fr", "bytes"), ("mixed", "none"), ("multi", "none"), ("multi", "bytes")]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "objective", "limits"),
+    [
+        (1.0, "fr", "none"),
+        (0.3, "fr", "caps"),
+        (0.3, "mixed", "none"),
+        (0.3, "multi", "bytes"),
+        *(pytest.param(seconds, *cell, marks=pytest.mark.slow) for seconds in (0.1, 0.6, 2.0) for cell in CELLS),
+    ],
+)
+def test_auto_is_never_behind_any_solver(mapping, pose, clock, objective, limits, seconds):
     problem = pose(mapping, 12, objective, **LIMITS[limits])
-    found = rates(problem, clock, ("auto", "exact", "swap", "greedy"), seconds)
+    found = rates(problem, clock, SOLVERS, seconds)
     assert found["auto"] <= min(found.values()) + 1e-9, found
