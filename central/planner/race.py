@@ -9,7 +9,6 @@ killed.
 """
 
 import ctypes
-import multiprocessing
 import os
 import pickle
 import signal
@@ -17,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 
 from central.planner.judge import Checked, Judge, check
 from central.planner.model.problem import Board, Deadline, Problem, Solution, Step
@@ -32,6 +31,7 @@ LAST_CHECKS = 2.5  # times what a check takes is kept for checking and sending t
 MOST_LAST_SHARE = 0.3  # but no more of the deadline than this
 MOST_TOLD_BYTES = 64 * 1024  # of a plan that lanes tell each other: it must fit the pipe of one who does not listen
 _NICE = 19
+_ended: list[int] = []  # processes that were not waited for yet
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -84,7 +84,7 @@ class _Wire(Board):
 @dataclass
 class _Lane:
     name: str
-    process: BaseProcess
+    process: int
     pipe: Connection
     known: tuple[Step, ...] = ()  # the best plan as far as it has been told, or has it itself
     told: int = 0
@@ -137,19 +137,23 @@ def race(
         raise FabricpilotError(f"solver {died} ended without a plan: its process died")
 
 
-def settle() -> None:
-    """Wait for the children that were ended, so that their CPU time is known."""
-    for process in multiprocessing.active_children():
-        process.join()
+def settle(options: int = 0) -> None:
+    """Wait for the children that were ended, so that their CPU time is known; with WNOHANG for those that are gone."""
+    for process in list(_ended):
+        if os.waitpid(process, options)[0]:
+            _ended.remove(process)
 
 
 def _start(name: str, run: Run, problem: Problem, deadline: Deadline, seed: int, check_s: float, first: bool) -> _Lane:
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe()
-    nice = 0 if first else _NICE
-    wire = _Wire(problem, name, theirs, check_s)
-    process = context.Process(target=_child, args=(run, problem, deadline, seed, wire, os.getpid(), nice))
-    process.start()
+    settle(os.WNOHANG)
+    mine, theirs = Pipe()
+    parent = os.getpid()
+    process = os.fork()
+    if process == 0:
+        try:
+            _child(run, problem, deadline, seed, _Wire(problem, name, theirs, check_s), parent, 0 if first else _NICE)
+        finally:
+            os._exit(0)  # nothing of the parent's is flushed or closed here
     theirs.close()
     return _Lane(name, process, mine)
 
@@ -190,6 +194,8 @@ def _tell(lane: _Lane, steps: tuple[Step, ...]) -> None:
 
 
 def _end(lane: _Lane) -> None:
-    """End it without waiting: taking down a large process takes a while."""
-    lane.process.kill()
+    """End it without waiting: taking down a large process of low priority takes a while."""
+    with suppress(ProcessLookupError):
+        os.kill(lane.process, signal.SIGKILL)
     lane.pipe.close()
+    _ended.append(lane.process)
