@@ -290,5 +290,5 @@ def _show(told: dict[str, Any], indent: str = "") -> None:
             click.echo(f"{indent}{key}:")
             _show(value, indent + "  ")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
             click.echo(f"{indent}{key}: {shown}")
