@@ -109,7 +109,7 @@ class Inference:
         """An array of this shape that is kept under this name; what it holds is what was there."""
         kept = self._kept.get(name)
         if kept is None or len(kept) < rows or kept.shape[1] != columns:
-            kept = self._kept[name] = np.empty((2 * rows, columns), np.float32)
+            kept = self._kept[name] = np.empty((rows + rows // 2, columns), np.float32)
         return kept[:rows]
 
 

@@ -80,7 +80,8 @@ class FlowTable:
         self._key_of: dict[int, Key] = {}
         self._host_of: dict[int, str] = {}
         self._of_host: dict[str, set[int]] = {}
-        self._numbers: dict[str, int] = {}  # addresses and racks, dense
+        self._hosts: dict[str, int] = {}  # number of each address, dense
+        self._racks: dict[str, int] = {}  # and of each rack: schemes keep sums per rack and route
         self._rates: dict[str, int] = {}
         self.untold = 0  # flows there was no room for
 
@@ -143,8 +144,8 @@ class FlowTable:
             migration=rows["migration"],
             usable=usable[:, :most],
             priorities=np.minimum(rows["levels"], MAX_PRIORITIES),
-            hosts=len(self._numbers),
-            racks=len(self._numbers),
+            hosts=len(self._hosts),
+            racks=len(self._racks),
             rate_bps=float(max(self._rates.values(), default=0) or 10**9),
         )
         return flows, used
@@ -207,8 +208,8 @@ class FlowTable:
         self._row_of[key], self._key_of[row], self._host_of[row] = row, key, host
         self._of_host[host].add(row)
         values = self._rows[row]
-        values["source"], values["destination"] = (self._number(address) for address in key[:2])
-        values["source_rack"], values["destination_rack"] = (self._number(rack) for rack in racks)
+        values["source"], values["destination"] = (_number(self._hosts, address) for address in key[:2])
+        values["source_rack"], values["destination_rack"] = (_number(self._racks, rack) for rack in racks)
         values["attained"], values["known_end"] = 0.0, np.nan
         values["route"], values["priority"] = UNKNOWN_ROUTE + 1, 0
         values["until_s"] = values["decided_s"] = -np.inf
@@ -224,10 +225,12 @@ class FlowTable:
         del self._key_of[row]
         self._free.append(row)
         if not self._row_of:
-            self._numbers.clear()  # so that it does not grow with every address there ever was
+            self._hosts.clear()  # so that they do not grow with every address there ever was
+            self._racks.clear()
 
-    def _number(self, name: str) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
+
+def _number(numbers: dict[str, int], name: str) -> int:
+    return numbers.setdefault(name, len(numbers))
 
 
 def _key(flow: FlowSummary) -> Key:
