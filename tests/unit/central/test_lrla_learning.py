@@ -30,7 +30,7 @@ from central.lrla.reinforce import (
 from central.lrla.rules import RULES
 from central.lrla.synthetic import random_flows
 from central.lrla.training import LrlaTrainer
-from central.lrla.weights import SHIPPED, Stored
+from central.lrla.weights import RATED, SHIPPED, Stored, stored
 from central.training import checkpoint
 from central.training.cli import train
 from central.training.settings import as_record, read
@@ -295,6 +295,12 @@ def test_the_shipped_weights_are_small_and_say_how_they_were_made():
     assert {"seed", "seconds", "settings"} <= set(record)
     choice = LearnedScheme.load().decide(some_flows(1000), np.arange(1000))
     assert set(choice.route.tolist()) <= set(range(UNKNOWN_ROUTE, 4))
+
+
+def test_the_ablation_has_weights_with_the_same_rates():
+    ours, papers = stored(RATED["learned"], "sets"), stored(RATED["auto"], "paper")
+    assert ours.rates == papers.rates == (0.1, 0.25, 0.5)
+    assert set(LearnedScheme(ours).decide(some_flows(), np.arange(40)).rate.tolist()) <= {*ours.rates, np.inf}
 
 
 @pytest.mark.parametrize("tree", [{"network": {}}, {"other": 1}, [1]])
