@@ -1,6 +1,7 @@
 """The netfilter data path under real sockets: local, forwarded, translated, idle, hidden from conntrack, too many."""
 
 import socket
+import struct
 import threading
 import time
 
@@ -62,6 +63,12 @@ def transfer(sending: socket.socket, receiving: socket.socket, size: int) -> Non
     writer.join()
 
 
+def most_bytes(sending: socket.socket, size: int) -> int:
+    """What conntrack may count of `size` bytes sent: SACKs look like payload, and what was sent again counts again."""
+    segments_again = struct.unpack_from("=I", sending.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
+    return size + max(64, size // 50) + 1500 * segments_again
+
+
 def state_of(datapath: NftablesDatapath, key: np.ndarray) -> np.void | None:
     table = datapath.flows()
     [*rows] = np.flatnonzero([row.tobytes() == key.tobytes() for row in table.keys])
@@ -77,6 +84,7 @@ def test_size_and_duration_of_a_tcp_flow(namespaces, datapath, size):
     key = flow_key(OURS, THEIRS, sending.getsockname()[1], listening.getsockname()[1])
     transfer(sending, receiving, size)
     time.sleep(0.3)
+    most = most_bytes(sending, size)
     shut_ns = time.monotonic_ns()
     sending.close()
     closed_ns = time.monotonic_ns()
@@ -85,8 +93,7 @@ def test_size_and_duration_of_a_tcp_flow(namespaces, datapath, size):
     time.sleep(0.1)
     state = state_of(datapath, key)
     assert state["flags"] == FLAG_ENDED | FLAG_SAW_START
-    # Retransmissions count, SACKs look like payload: a few packets' worth.
-    assert size <= state["attained_bytes"] <= size + max(64, size // 50)
+    assert size <= state["attained_bytes"] <= most
     assert begin_ns - TICK_NS < int(state["first_seen_ns"]) < connected_ns + TICK_NS
     assert shut_ns - TICK_NS < int(state["last_seen_ns"]) < closed_ns + 100e6
     assert datapath.forget(datapath.flows().keys) >= 1
@@ -104,7 +111,7 @@ def test_both_directions_of_a_server_are_told_apart(namespaces, datapath):
     table = datapath.flows()
     key = flow_key(OURS, THEIRS, listening.getsockname()[1], asking.getsockname()[1])
     assert [row.tobytes() for row in table.keys] == [key.tobytes()]
-    assert 200_000 <= table.states["attained_bytes"][0] <= 204_000
+    assert 200_000 <= table.states["attained_bytes"][0] <= most_bytes(answering, 200_000)
     assert table.states["level"][0] == 2
 
 
@@ -135,7 +142,7 @@ def test_forwarded_and_translated_traffic_has_the_key_of_the_wire(namespaces, da
     translated = receiving.getpeername()
     assert translated[0] == OURS
     state = state_of(datapath, flow_key(OURS, THEIRS, translated[1], listening.getsockname()[1]))
-    assert 300_000 <= state["attained_bytes"] <= 306_000
+    assert 300_000 <= state["attained_bytes"] <= most_bytes(sending, 300_000)
     assert state["level"] == 2
     assert len(datapath.flows()) == 1  # the answers leave by another interface
 
@@ -153,13 +160,16 @@ def test_a_flow_that_goes_on_after_it_was_forgotten_is_told_from_there(namespace
 
 
 def test_a_flow_that_conntrack_gave_up_is_shown_as_ended_until_forgotten(namespaces, datapath):
-    run("sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=1")
+    run("sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=3")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
         sending.sendto(bytes(700), (THEIRS, 9))
         sending.sendto(bytes(300), (THEIRS, 9))
     [alive] = datapath.flows().states
     assert not alive["flags"] & FLAG_ENDED
-    time.sleep(2.5)
+    deadline = time.monotonic() + 20
+    while not datapath.flows().states["flags"][0] & FLAG_ENDED:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     for _ in range(2):
         table = datapath.flows()
         assert table.states["attained_bytes"].tolist() == [1000]
@@ -231,5 +241,5 @@ def test_ipv6(namespaces, datapath):
     transfer(sending, receiving, 300_000)
     key = flow_key("2001:db8::1", "2001:db8::2", sending.getsockname()[1], listening.getsockname()[1])
     state = state_of(datapath, key)
-    assert 300_000 <= state["attained_bytes"] <= 306_000
+    assert 300_000 <= state["attained_bytes"] <= most_bytes(sending, 300_000)
     assert state["level"] == 2
