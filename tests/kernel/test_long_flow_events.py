@@ -13,7 +13,7 @@ from hostagent.datapath.ring import Ring
 from hostagent.long_flows import open_long_flow_events
 from hostagent.observe import observe
 
-BLIND_GAP_S = 0.05
+BLIND_GAP_S = 0.15
 SETTINGS = Settings(
     Thresholds((1000, 2000, 3000)),
     (32, 24, 16, 8),
