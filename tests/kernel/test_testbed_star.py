@@ -130,7 +130,7 @@ def test_flows_without_an_end_by_the_deadline_are_lost(run: Run, tmp_path: Path)
     began = time.monotonic()
     results = replay(star, Programs(run, tmp_path / "logs"), trace, tmp_path, drain_s=0.5)
     assert results.lost == 3
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60  # TCP itself would try for minutes
 
 
 def test_clean_removes_ours_and_nothing_else(make_netns: Callable[[str], str], tmp_path: Path) -> None:
