@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fabricpilot.errors import UsageError
+from simulator.schemes import DEFAULT_SEND_BUFFER_BYTES
 from simulator.workloads.distribution import SizeDistribution
 from simulator.workloads.placement import hourly
 
@@ -62,6 +63,7 @@ class Scenario:
         hour_s: length of an hour.
         interval_s: between two decisions.
         link_rate_bps: of every port.
+        send_buffer_bytes: how much of what waits to be sent hosts see, where a scheme looks at it.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Scenario:
     hour_s: float = 900.0
     interval_s: float = 45.0
     link_rate_bps: float = 1e9
+    send_buffer_bytes: float = DEFAULT_SEND_BUFFER_BYTES
 
     @property
     def hours(self) -> int:

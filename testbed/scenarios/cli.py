@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ def list_scenarios(as_json: bool) -> None:
 @click.option("--levels", default=DEFAULT_LEVELS, show_default=True, help="K.")
 @click.option("--full", is_flag=True, help="Hours four times as long, for the record.")
 @click.option("--workers", type=int, help="Processes of the simulator.  [default: one per core]")
+@click.option("--send-buffer", metavar="BYTES", help="What simulated hosts see of what waits.  [default: 4MB]")
 @click.option("--hour", "hour_s", type=float, help=f"Seconds of an hour on the testbed.  [default: {_HOUR_S:g}]")
 @click.option("--out", type=click.Path(path_type=Path), help="Flows and logs of the testbed.  [default: out/NAME]")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw hours and sizes (.png, .svg).")
@@ -72,6 +74,7 @@ def run(
     levels: int,
     full: bool,
     workers: int | None,
+    send_buffer: str | None,
     hour_s: float | None,
     out: Path | None,
     plot_file: Path | None,
@@ -80,6 +83,7 @@ def run(
     """Run the scenario NAME under every scheme and compare completion times."""
     from rich.console import Console
 
+    from simulator.cli import parse_size
     from testbed.scenarios import catalogue
     from testbed.scenarios.report import plot, table
 
@@ -88,12 +92,18 @@ def run(
     count = _DEFAULT_SEEDS[place] if seeds is None else seeds
     if count < 1 or (workers is not None and workers < 1):
         raise UsageError(f"{count} seeds, {workers} workers; both must be at least 1")
-    other = {"--hour": hour_s, "--out": out} if place == "simulator" else {"--workers": workers}
+    other = (
+        {"--hour": hour_s, "--out": out}
+        if place == "simulator"
+        else {"--workers": workers, "--send-buffer": send_buffer}
+    )
     for option, value in other.items():
         if value is not None:
             raise UsageError(f"{option} is of no meaning with --on {place}")
     if plot_file is not None and not plot_file.parent.is_dir():
         raise UsageError(f"--plot {plot_file}: there is no folder {plot_file.parent}")
+    if send_buffer is not None:
+        wanted = replace(wanted, send_buffer_bytes=float(parse_size(send_buffer)))
     longer = _FULL_HOURS if full else 1.0
     if place == "testbed":
         at_s = (_HOUR_S if hour_s is None else hour_s) * longer

@@ -4,11 +4,12 @@ The loop is central's own: every port's report goes into `central.registry.Regis
 scheme's policy, which knows nothing else. Time is the simulation's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from central.policy.base import ThresholdPolicy
 from central.registry import InForce, Registry
 from simulator.results import FlowResults
+from simulator.schemes import BACKLOG, WRITTEN, Scheme
 from testbed.scenarios.catalogue import Scenario
 from testbed.scenarios.cell import Cell, CellPlace
 from testbed.scenarios.contenders import Contender
@@ -50,7 +51,7 @@ def play(run: Run) -> Trail:
             group,
             scenario.hour_s,
             scenario.link_rate_bps,
-            run.contender.ranking(group, run.levels),
+            _in_sight(run.contender.ranking(group, run.levels), scenario.send_buffer_bytes),
         )
         for number, group in enumerate(scenario.groups)
         for port in range(group.ports)
@@ -73,6 +74,11 @@ def play(run: Run) -> Trail:
     hour_of = (flows.start_s // scenario.hour_s).astype(int).clip(0, scenario.hours - 1)
     by_hour = [flows.rows(hour_of == hour) for hour in range(scenario.hours)]
     return Trail(by_hour, trail, controller.changes if controller else 0)
+
+
+def _in_sight(ranking: Scheme, send_buffer_bytes: float) -> Scheme:
+    """The same with hosts that see so much of what waits to be sent."""
+    return replace(ranking, send_buffer_bytes=send_buffer_bytes) if ranking.basis in (BACKLOG, WRITTEN) else ranking
 
 
 class _Controller:

@@ -84,6 +84,7 @@ def document(scenario: Scenario, samples: Sequence[Sample], seeds: Sequence[int]
         "link_rate_bps": scenario.link_rate_bps,
         "hour_s": scenario.hour_s,
         "interval_s": scenario.interval_s,
+        "send_buffer_bytes": scenario.send_buffer_bytes,
         "hours": [
             [{"group": group.name, "ports": group.ports, **asdict(group.hours[hour])} for group in scenario.groups]
             for hour in range(scenario.hours)

@@ -132,3 +132,12 @@ def test_long_flows_in_turn_shorten_the_mean_and_the_tail():
     )
     assert turns.mean() < 0.95 * levels.mean() < 0.9 * fair.mean()
     assert np.quantile(turns, 0.99) < np.quantile(fair, 0.99)
+
+
+def test_larger_send_buffers_show_more_and_central_is_told():
+    what = replace(SHORT, groups=(PortGroup("web", 1, (Hour(WEB_SEARCH, 0.8),)),), hour_s=40.0)
+    small, large = (run("fabricpilot", what=replace(what, send_buffer_bytes=shown)) for shown in (1e6, 16e6))
+    assert large.hours[0].fct_s.mean() < 0.95 * small.hours[0].fct_s.mean()
+    assert large.thresholds != small.thresholds
+    fair, same = (run("fair", what=replace(what, send_buffer_bytes=shown)) for shown in (1e6, 16e6))
+    assert np.array_equal(fair.hours[0].fct_s, same.hours[0].fct_s)

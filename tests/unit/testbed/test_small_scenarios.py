@@ -67,6 +67,7 @@ def test_what_no_network_can_run_is_left_out_with_the_reason() -> None:
     [
         (["--hour", "5"], "--hour is of no meaning with --on simulator"),
         (["--on", "testbed", "--workers", "2"], "--workers is of no meaning with --on testbed"),
+        (["--on", "testbed", "--send-buffer", "4MB"], "--send-buffer is of no meaning with --on testbed"),
         (["--on", "testbed", "--hour", "0.5"], "an hour of 0.5 s"),
         (["--on", "testbed", "--scheme", "nothing"], "choose from: fair"),
     ],
