@@ -267,7 +267,8 @@ def test_a_million_spoofed_syns(tmp_path, rate):
     assert len(going - kept) <= len(before) / LRU_BATCH + 1  # one of a batch that was used throughout has to go
     assert len(kept) >= 2000 - LRU_BATCH
     assert counters["insert_failed"] == 0
-    assert counters["flows_inserted"] + counters["over_share"] == 1_000_001 + 2000
+    came_back = counters["flows_inserted"] + counters["over_share"] - (1_000_001 + 2000)
+    assert 0 <= came_back <= len(going - kept)  # with their one packet, as flows seen in mid-life
     if rate:
         assert counters["flows_inserted"] <= rate * (took_s + 2) + 2001
 
