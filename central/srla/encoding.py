@@ -33,7 +33,7 @@ from simulator.schemes import equal_split
 from simulator.workloads.distribution import SizeDistribution
 
 Singles = npt.NDArray[np.float32]
-Base = Literal["exact", "split", "load", "middle"]
+Base = Literal["exact", "split", "between", "middle"]
 Kind = Literal["compact", "paper"]
 
 ACTIONS = MAX_LEVELS - 1
@@ -78,9 +78,10 @@ class Encoding:
         used = slice(0, summary.levels - 1)
         if self.base == "middle":
             base[used] = math.sqrt(LOWEST_BYTES * HIGHEST_BYTES)
-        elif self.base in ("split", "load"):
-            sizes = summary.sizes if self.base == "split" else by_bytes(summary.sizes)
-            base[used] = equal_split(SizeDistribution.from_histogram(sizes, summary.group), summary.levels).bytes
+        elif self.base == "split":
+            base[used] = _even(summary.sizes, summary)
+        elif self.base == "between":
+            base[used] = np.sqrt(_even(summary.sizes, summary) * _even(_by_bytes(summary.sizes), summary))
         else:
             counts = summary.sizes.counts
             found = _optimum(counts.tobytes(), round(usable_load(summary.load), 3), summary.levels, self.objective)
@@ -114,7 +115,13 @@ class Encoding:
         return action
 
 
-def by_bytes(sizes: LogHistogram) -> LogHistogram:
+def _even(sizes: LogHistogram, summary: GroupSummary) -> Floats:
+    """Thresholds that put as much of `sizes` into each level, shape (K-1,)."""
+    sizes_of = SizeDistribution.from_histogram(sizes, summary.group)
+    return np.array(equal_split(sizes_of, summary.levels).bytes, np.float64)
+
+
+def _by_bytes(sizes: LogHistogram) -> LogHistogram:
     """The distribution of the size of the flow that a byte belongs to."""
     if not sizes.total:
         return sizes

@@ -1,5 +1,7 @@
 """What sRLA sees and what its actions mean: every action a valid vector, for every K."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,7 +38,7 @@ def test_every_action_is_an_ascending_vector_for_every_k(base, action, reach):
 
 
 @pytest.mark.parametrize("levels", range(MIN_LEVELS, MAX_LEVELS + 1))
-@pytest.mark.parametrize("base", ["exact", "split", "middle"])
+@pytest.mark.parametrize("base", ["exact", "split", "between", "middle"])
 def test_one_network_serves_every_k(levels, base):
     encoding = Encoding(base=base)
     given_base = encoding.base_for(summary(levels))
@@ -47,6 +49,15 @@ def test_one_network_serves_every_k(levels, base):
     assert state.max() <= 1
     np.testing.assert_array_equal(state[LEVELS_AT], mask_of(levels))
     assert level_mask(levels).sum() == levels - 1
+
+
+def test_between_lies_between_equal_splits_of_flows_and_of_bytes():
+    # 100 flows of 1 KB and one of 1 MB: half the flows end by 1 KB, half the bytes belong to the flow of 1 MB.
+    sizes = LogHistogram.of(np.repeat([2.0**10, 2.0**20], [100, 1]))
+    told = replace(summary(2), sizes=sizes)
+    flows, both = (Encoding(base=base).base_for(told)[0] for base in ("split", "between"))
+    assert flows == pytest.approx(2**10, rel=0.1)
+    assert both == pytest.approx(2**15, rel=0.1)
 
 
 @pytest.mark.parametrize("levels", [2, 4, 8])
