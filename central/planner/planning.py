@@ -62,6 +62,10 @@ def _plan(
     if name != MAKE_ROOM and not _movable(problem):
         lanes = [(name, _stay)]
     prepare(name)
+    if name == "auto":
+        from central.planner.solvers.portfolio import specialist
+
+        prepare(specialist(problem, seconds) or name)
     looked = clock()
     judge = Judge(problem)
     begun = clock()

@@ -176,7 +176,7 @@ def test_ppo_is_deterministic(tmp_path):
 
 def test_distillation_learns_to_gain(tmp_path):
     settings = distill.Settings(
-        updates=30, batch=12, pms=(6, 10), moves_per_pm=(0.3, 0.5), pool=10, fresh=4, learning_rate=3e-3
+        updates=20, batch=12, pms=(6, 8), moves_per_pm=(0.3, 0.5), pool=10, fresh=4, learning_rate=3e-3
     )
     told = []
     distill.distill(settings, tmp_path / "w.npz", report=told.append)
@@ -188,7 +188,7 @@ def test_distillation_learns_to_gain(tmp_path):
     ]
     torch.manual_seed(0)
     trained, about = weights.load(tmp_path / "w.npz")
-    assert about["updates"] == 30
+    assert about["updates"] == 20
     with torch.no_grad():
         before, after = (
             sum(float(part) for part in distill.loss_of(policy, batch)[:2]) for policy in (Policy(), trained)
@@ -250,4 +250,4 @@ def test_too_many_sizes_are_refused(monkeypatch, ticking):
     with pytest.raises(UsageError, match="too many for it"):
         learned(problem_of("tiny"), Deadline(30.0), 0)
     monkeypatch.setattr(portfolio, "OTHERS", (("learned", 1.0, 0.0),))
-    assert portfolio.beside(problem_of("tiny"), Deadline(1.0, ticking), 0).steps  # which goes on without it
+    assert portfolio.beside(problem_of("tiny"), Deadline(0.3, ticking), 0).steps  # which goes on without it
