@@ -26,9 +26,10 @@ from fabricpilot.errors import FabricpilotError
 Run = Callable[[Problem, Deadline, int], Solution]
 
 SKETCH_S = 0.1  # at least between two sketches; and
-SKETCH_CHECKS = 8  # times what a check takes
+SKETCH_CHECKS = 8  # times what a check takes, but no more
+SKETCH_SHARE = 0.4  # of the deadline than this: something should be there in any case
 LAST_CHECKS = 2.5  # times what a check takes is kept for checking and sending the last plan,
-MOST_LAST_SHARE = 0.3  # but no more of the deadline than this
+MOST_LAST_SHARE = 0.4  # but no more of the deadline than this
 MOST_TOLD_BYTES = 64 * 1024  # of a plan that lanes tell each other: it must fit the pipe of one who does not listen
 _NICE = 19
 _ended: list[int] = []  # processes that were not waited for yet
@@ -50,9 +51,9 @@ class _Said:
 class _Wire(Board):
     """The board as a child sees it: a pipe."""
 
-    def __init__(self, problem: Problem, solver: str, pipe: Connection, check_s: float) -> None:
+    def __init__(self, problem: Problem, solver: str, pipe: Connection, check_s: float, seconds: float) -> None:
         self._problem, self._solver, self._pipe = problem, solver, pipe
-        self._sketch_s = max(SKETCH_S, SKETCH_CHECKS * check_s)
+        self._sketch_s = max(SKETCH_S, min(SKETCH_CHECKS * check_s, SKETCH_SHARE * seconds))
         self._posted_s = time.monotonic()
         self._heard = 0
 
@@ -151,7 +152,8 @@ def _start(name: str, run: Run, problem: Problem, deadline: Deadline, seed: int,
     process = os.fork()
     if process == 0:
         try:
-            _child(run, problem, deadline, seed, _Wire(problem, name, theirs, check_s), parent, 0 if first else _NICE)
+            wire = _Wire(problem, name, theirs, check_s, deadline.seconds)
+            _child(run, problem, deadline, seed, wire, parent, 0 if first else _NICE)
         finally:
             os._exit(0)  # nothing of the parent's is flushed or closed here
     theirs.close()

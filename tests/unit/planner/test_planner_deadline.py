@@ -99,8 +99,6 @@ CELLS = [("fr", "none"), ("fr", "caps"), ("fr", "bytes"), ("mixed", "none"), ("m
     ("seconds", "objective", "limits"),
     [
         (1.0, "fr", "none"),
-        (0.3, "fr", "caps"),
-        (0.3, "mixed", "none"),
         (0.3, "multi", "bytes"),
         *(pytest.param(seconds, *cell, marks=pytest.mark.slow) for seconds in (0.1, 0.6, 2.0) for cell in CELLS),
     ],
