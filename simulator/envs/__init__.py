@@ -7,7 +7,7 @@ env = gymnasium.make("fabricpilot/MLFQThresholds-v1", load=0.8)
 from gymnasium.envs.registration import register, registry
 
 MLFQ_THRESHOLDS = "fabricpilot/MLFQThresholds-v1"
-LONG_FLOWS = "fabricpilot/LongFlows-v1"
+LONG_FLOWS = "fabricpilot/LongFlows-v0"
 
 for _name, _entry in (
     (MLFQ_THRESHOLDS, "simulator.envs.thresholds:MLFQThresholds"),
