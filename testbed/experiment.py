@@ -100,8 +100,8 @@ def run_experiment(
     check_names(schemes)
     trace = make_trace(plan.recipe)
     with star_in_place(plan.senders, steps, runtime_dir, plan.send_buffer_bytes) as star:
-        check_kernel(schemes, star, _programs(star, out_dir), plan.rate_bps, plan.buffer_bytes)
-        calibration = _calibrate(plan, star, trace, out_dir / "calibration", steps)
+        check_kernel(schemes, star, programs_of(star, out_dir), plan.rate_bps, plan.buffer_bytes)
+        calibration = calibrated(star, trace, plan.rate_bps, plan.buffer_bytes, out_dir / "calibration", steps)
         environment = _environment(plan, schemes, star)
         outcomes = {}
         for scheme in schemes:
@@ -127,15 +127,18 @@ def star_in_place(
                 run.remove()
 
 
-def _calibrate(plan: RunPlan, star: StarPlan, trace: RecordedTrace, out_dir: Path, steps: Steps) -> Calibration:
-    programs = _programs(star, out_dir)
-    shape(programs, star, plan.rate_bps, plan.buffer_bytes, None)
+def calibrated(
+    star: StarPlan, trace: RecordedTrace, rate_bps: int, buffer_bytes: int, out_dir: Path, steps: Steps
+) -> Calibration:
+    """Ideal completion times up to the trace's largest flow, on idle ports without bands; all ports are alike."""
+    programs = programs_of(star, out_dir)
+    shape(programs, star, rate_bps, buffer_bytes, None)
     steps.begin("calibrate: flows alone on the idle path", SIZES * REPEATS)
     return calibrate(
         star,
         programs,
         int(trace.size_bytes.max()),
-        plan.rate_bps,
+        rate_bps,
         out_dir,
         lambda flows, _: steps.advance(flows, f"{flows} flows"),
     )
@@ -144,7 +147,7 @@ def _calibrate(plan: RunPlan, star: StarPlan, trace: RecordedTrace, out_dir: Pat
 def _run_scheme(
     plan: RunPlan, scheme: str, star: StarPlan, trace: RecordedTrace, out_dir: Path, steps: Steps
 ) -> SchemeOutcome:
-    programs = _programs(star, out_dir)
+    programs = programs_of(star, out_dir)
     window = _CaptureWindow(plan, star) if has_agents(scheme) else None
     thresholds = thresholds_of(scheme, plan.recipe)
     steps.begin(f"{scheme}: get ready", 1)
@@ -221,7 +224,8 @@ class _CaptureWindow:
         return Capture(pcap, packets, missed, window_s, check(read_packets(pcap), history, dscp, written=written))
 
 
-def _programs(star: StarPlan, out_dir: Path) -> Programs:
+def programs_of(star: StarPlan, out_dir: Path) -> Programs:
+    """What starts programs in the star, with logs below `out_dir`, which is made."""
     out_dir.mkdir(parents=True, exist_ok=True)
     return Programs(star.run, out_dir / "logs")
 

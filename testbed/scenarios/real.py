@@ -21,15 +21,14 @@ from fabricpilot.errors import FabricpilotError
 from fabricpilot.levels import Thresholds
 from simulator.results import FlowResults
 from testbed.daemons import Daemons, Role, running
-from testbed.experiment import Steps, star_in_place
-from testbed.flows.calibration import REPEATS, SIZES, Calibration, calibrate
+from testbed.experiment import Steps, calibrated, programs_of, star_in_place
+from testbed.flows.calibration import Calibration
 from testbed.flows.recorded import RecordedTrace
 from testbed.flows.replay import replay
 from testbed.flows.results import Results
 from testbed.netns.programs import Programs
 from testbed.netns.registry import RUNTIME_DIR
 from testbed.netns.star import StarPlan
-from testbed.netns.switch_port import shape
 from testbed.scenarios.contenders import Contender, contenders
 from testbed.scenarios.loop import Trail
 from testbed.scenarios.outcome import Sample, document, sample_of
@@ -83,10 +82,12 @@ def measure_on_hosts(
     samples: list[Sample] = []
     added: dict[str, dict[str, Any]] = {c.name: {"lost": 0, "generator_late_p99_us": 0.0} for c in chosen}
     with star_in_place(small.senders, steps, runtime_dir, receivers=small.ports) as plan:
-        programs = Programs(plan.run, out_dir / "logs")
+        programs = programs_of(plan, out_dir)
         check_kernel([c.on_testbed for c in chosen], plan, programs, small.rate_bps, small.buffer_bytes)
         traces = {seed: trace_of(small, seed) for seed in seeds}
-        star = Star(plan, small, _calibrate(plan, small, traces[seeds[0]], out_dir / "calibration", steps), levels)
+        where = out_dir / "calibration"
+        ideal = calibrated(plan, traces[seeds[0]], small.rate_bps, small.buffer_bytes, where, steps)
+        star = Star(plan, small, ideal, levels)
         for seed in seeds:
             for contender in chosen:
                 here = out_dir / f"{contender.name}-{seed}"
@@ -103,29 +104,12 @@ def measure_on_hosts(
     return found | {"on": "testbed", "scales": list(small.scales), "senders": small.senders}
 
 
-def _calibrate(plan: StarPlan, small: SmallScenario, trace: RecordedTrace, out_dir: Path, steps: Steps) -> Calibration:
-    """Ideal completion times; all ports are alike."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    programs = Programs(plan.run, out_dir / "logs")
-    shape(programs, plan, small.rate_bps, small.buffer_bytes, None)
-    steps.begin("calibrate: flows alone on the idle paths", SIZES * REPEATS)
-    return calibrate(
-        plan,
-        programs,
-        int(trace.size_bytes.max()),
-        small.rate_bps,
-        out_dir,
-        lambda flows, _: steps.advance(flows, f"{flows} flows"),
-    )
-
-
 def _run(
     star: Star, contender: Contender, trace: RecordedTrace, out_dir: Path, steps: Steps
 ) -> tuple[Results, list[list[list[int]]], int]:
     """One scheme under one trace: every flow, thresholds as `Trail` has them, and how often central changed them."""
     small, scheme = star.small, contender.on_testbed
-    out_dir.mkdir(parents=True, exist_ok=True)
-    programs = Programs(star.plan.run, out_dir / "logs")
+    programs = programs_of(star.plan, out_dir)
     steps.begin(f"{contender.name}: get ready", 1)
     with ExitStack() as stack:
         bottleneck = (star.plan, programs, small.rate_bps, small.buffer_bytes, star.levels)
