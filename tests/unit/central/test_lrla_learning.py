@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from lrla_kit import assert_goes_on_exactly
 
 from central.long_flows import start_scheduler
 from central.lrla.flow_set import MAX_PRIORITIES, UNKNOWN_ROUTE
@@ -231,15 +232,7 @@ def test_a_toy_task_is_learned_in_seconds():
 
 
 def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
-    one, other = LrlaTrainer(TINY, 7), LrlaTrainer(TINY, 7)
-    assert one.advance() == other.advance()
-    checkpoint.save(tmp_path / "checkpoint.npz", one.state())
-    later = LrlaTrainer(TINY, 1)
-    later.restore(checkpoint.load(tmp_path / "checkpoint.npz"))
-    assert later.done == 1
-    assert later.advance() == other.advance()
-    for mine, theirs in zip(later.network.state_dict().values(), other.network.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs)
+    other, later = assert_goes_on_exactly(TINY, tmp_path)
     later.export(tmp_path / "weights.npz", {"seed": 7, "settings": as_record(TINY)})
     known, asked = some_flows(), np.arange(40)
     loaded = LearnedScheme.load(tmp_path / "weights.npz").decide(known, asked)

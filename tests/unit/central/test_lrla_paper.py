@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lrla_kit import assert_goes_on_exactly
 
 from central.lrla.auto import auto
 from central.lrla.flow_set import UNKNOWN_ROUTE
@@ -25,7 +26,6 @@ from central.lrla.paper import (
 )
 from central.lrla.reinforce import Rollout, Sampler, Settings, gradient, paper_weights, step
 from central.lrla.synthetic import random_flows
-from central.lrla.training import LrlaTrainer
 from central.lrla.weights import PAPER
 from central.training import checkpoint
 from fabricpilot.errors import UsageError
@@ -146,14 +146,7 @@ def test_a_toy_task_is_learned():
 
 
 def test_same_seed_same_run_and_a_checkpoint_goes_on_exactly(tmp_path):
-    one, other = LrlaTrainer(TINY, 7), LrlaTrainer(TINY, 7)
-    assert one.advance() == other.advance()
-    checkpoint.save(tmp_path / "checkpoint.npz", one.state())
-    later = LrlaTrainer(TINY, 1)
-    later.restore(checkpoint.load(tmp_path / "checkpoint.npz"))
-    assert later.advance() == other.advance()
-    for mine, theirs in zip(later.network.state_dict().values(), other.network.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_goes_on_exactly(TINY, tmp_path)
 
 
 def test_the_shipped_weights_say_how_they_were_made_and_run():
