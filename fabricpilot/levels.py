@@ -15,6 +15,7 @@ from fabricpilot.errors import UsageError
 MIN_LEVELS = 2
 MAX_LEVELS = 8  # three bits of 802.1p, and what common switch ASICs have
 DEFAULT_LEVELS = 4
+TURNS_LEVELS = 3  # least for turns: short flows, the long flow whose turn it is, those that wait
 
 MAX_THRESHOLD_BYTES = 2**62  # far beyond any flow, and safe in signed 64-bit arithmetic
 MAX_DSCP = 63

@@ -17,9 +17,8 @@ import numpy as np
 
 from central.lrla.flow_set import Bools, Choice, FlowSet, Ints
 from central.lrla.rules import assign
+from fabricpilot.levels import TURNS_LEVELS
 from simulator.compiled import compiled
-
-LEAST_LEVELS = 3  # for short flows, for the flow whose turn it is, for those that wait
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class InTurn:
         """Who has a turn, shape (n,)."""
         rounds = np.floor(flows.attained_bytes / self.turn_bytes)
         order = np.lexsort((-flows.age_s, flows.priority == 0, rounds))
-        may = (flows.priorities >= LEAST_LEVELS) & ~flows.migration
+        may = (flows.priorities >= TURNS_LEVELS) & ~flows.migration
         has = np.zeros(len(flows), np.bool_)
         _hand_out(order[may[order]], flows.source, flows.destination, np.zeros(flows.hosts, np.int64), has)
         return has

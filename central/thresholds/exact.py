@@ -31,7 +31,7 @@ from central.thresholds.mlps import (
 )
 from central.thresholds.optimum import Optimum, ascending, check_load, check_objective
 from fabricpilot.errors import UsageError
-from fabricpilot.levels import Thresholds, check_levels
+from fabricpilot.levels import TURNS_LEVELS, Thresholds, check_levels
 from simulator.workloads.distribution import SizeDistribution
 
 Floats = npt.NDArray[np.float64]
@@ -43,7 +43,6 @@ _ZOOM_ROUNDS = 3  # each three times finer
 _ZOOM_CELLS = 32
 _ROUNDING = 1e-9  # bounds nearer to each other are one
 _LEAST_RATIO = 1.25  # between thresholds: closer ones are worth nothing and make a level nobody is in
-LEAST_LEVELS = 3  # for turns: one for short flows, one for the flow whose turn it is, one for those that wait
 _FINAL_CELLS = 48  # and twice as many, extrapolated: about 1e-6
 
 
@@ -74,7 +73,7 @@ def optimise(
         UsageError: load, levels, objective, base or visible bytes out of range.
     """
     check_levels(levels)
-    problem = _Problem.of(sizes, load, objective, base_bytes, visible_bytes, turns and levels >= LEAST_LEVELS)
+    problem = _Problem.of(sizes, load, objective, base_bytes, visible_bytes, turns and levels >= TURNS_LEVELS)
     start = time.perf_counter()
     chosen = problem.zoom(problem.best_on_grid(levels - problem.turns))
     waiting = problem.turns and len(chosen) > 0 and problem.takes_turns(chosen[-1:])[0]
@@ -103,7 +102,7 @@ def evaluate(
     turns: bool = False,
 ) -> float:
     """Value of the objective under `thresholds` (None: one level, processor sharing); arguments as in `optimise`."""
-    turns = turns and thresholds is not None and thresholds.levels >= LEAST_LEVELS
+    turns = turns and thresholds is not None and thresholds.levels >= TURNS_LEVELS
     return _Problem.of(sizes, load, objective, base_bytes, visible_bytes, turns).value(thresholds)
 
 
@@ -120,7 +119,7 @@ def response_times(
     Raises:
         UsageError: load out of range, or a size that is not above 0 or beyond the largest.
     """
-    turns = turns and thresholds.levels >= LEAST_LEVELS
+    turns = turns and thresholds.levels >= TURNS_LEVELS
     problem = _Problem.of(sizes, load, "fct", 0.0, visible_bytes, turns)
     integrals, link = problem.sizes, problem.link
     x = np.asarray(at_bytes, np.float64) / integrals.unit_bytes
