@@ -72,14 +72,14 @@ def probe(section: DatapathSection) -> list[Finding]:
         return [Finding("fake", "fake data path", True, True, "needs no kernel support")]
     if section.backend == "nftables":
         return nftables()
-    findings = _for_ebpf(section)
+    findings, can = _for_ebpf(section, kernel_capabilities())
     if section.backend == "auto" and bpf_refused() and _privileges("NET_ADMIN").ok:
         # `auto` is the other data path here: what eBPF lacks is told, and stops nobody.
         told = [replace(finding, required=False) for finding in findings if finding.id != "privileges"]
         return [*told, *nftables()]
     if not findings[0].ok:
         return findings  # nothing else can be tried, and saying so ten times helps nobody
-    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, kernel_capabilities(), section)]
+    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, can, section)]
 
 
 def _for_nftables() -> list[Finding]:
@@ -90,23 +90,29 @@ def _for_nftables() -> list[Finding]:
     return [privileges, *(replace(finding, required=finding.id == "nftables") for finding in found)]
 
 
-def _for_ebpf(section: DatapathSection) -> list[Finding]:
+def _for_ebpf(section: DatapathSection, can: frozenset[str]) -> tuple[list[Finding], frozenset[str]]:
+    """What was tried, and what is left of the capabilities once it was."""
     privileges = _privileges("BPF", "PERFMON", "NET_ADMIN")
     findings = [privileges, _headers(), _bcc(), _btf()]
     if not privileges.ok:
-        return findings
+        return findings, can
     syscall = _bpf_syscall()
     findings.append(syscall)
     if syscall.ok:
         findings.append(_map_batches())
         if all(finding.ok for finding in findings if finding.required):
-            findings.append(_program())
+            program, blind = _program()
+            findings.append(program)
+            can -= {"backlog"} if blind else set()
     findings.append(_pin_dir(Path(section.pin_dir)))
-    return findings
+    return findings, can
 
 
 def _capabilities(backend: str, has: frozenset[str], section: DatapathSection) -> Iterator[Finding]:
-    """What the data path can do here. What is configured, and it cannot, stops the agent unless `auto` chose it."""
+    """What the data path can do here. What is configured, and it cannot, stops the agent unless `auto` chose it.
+
+    `mode = "backlog"` always does: `mode = "auto"` is the one that goes without.
+    """
     from hostagent.datapath import configured_beyond
 
     configured = configured_beyond(has, section)
@@ -114,7 +120,8 @@ def _capabilities(backend: str, has: frozenset[str], section: DatapathSection) -
         why = "" if name in has else f"not with the {backend} data path"
         if name in configured:
             why += f", and {configured[name]} asks for it"
-        yield Finding(f"can_{name}", what, name in has, name in configured and section.backend != "auto", why)
+        required = name in configured and (section.backend != "auto" or name == "backlog")
+        yield Finding(f"can_{name}", what, name in has, required, why)
 
 
 def _privileges(*needed: str) -> Finding:
@@ -194,16 +201,18 @@ def _map_batches() -> Finding:
     return Finding("map_batches", what, not why, True, why)
 
 
-def _program() -> Finding:
+def _program() -> tuple[Finding, bool]:
+    """The finding, and whether it is the program that cannot see the backlog of sockets."""
     from hostagent.datapath.ebpf_loader import check_program
 
     what = "egress program: compiles and passes the verifier"
     try:
         said = check_program()
     except KernelError as error:
-        return Finding("program", what, False, True, f"{error}; kernel 5.15 or later is needed")
+        return Finding("program", what, False, True, f"{error}; kernel 5.15 or later is needed"), True
     without = f", levels follow bytes sent: {said['blind']}" if said["blind"] else ""
-    return Finding("program", what, True, True, f"{said['instructions']} instructions in {said['seconds']} s{without}")
+    found = f"{said['instructions']} instructions in {said['seconds']} s{without}"
+    return Finding("program", what, True, True, found), bool(said["blind"])
 
 
 def _pin_dir(pin_dir: Path) -> Finding:

@@ -4,11 +4,15 @@ A child hides /sys/kernel/btf from itself, and from the loader that it starts, i
 """
 
 import json
+import os
 import socket
+import sys
 import threading
+from pathlib import Path
 
 import pytest
-from datapath_kit import bpf_file_system, in_netns, start_agent
+from agent_kit import AgentHost, end
+from datapath_kit import bpf_file_system, in_netns, run, start_agent
 from datapath_wire import ADDRESSES, PORT, SETTINGS, captured
 
 from hostagent.datapath.ebpf import EbpfDatapath
@@ -85,7 +89,7 @@ def test_check_says_what_is_off(tmp_path):
         assert "CONFIG_DEBUG_INFO_BTF" in found["btf"][2]
         assert found["program"][0]
         lacking = [name for name, (ok, required, _) in found.items() if required and not ok]
-        assert lacking == (["can_backlog"] if asked == "ebpf backlog" else [])
+        assert lacking == ["can_backlog"], asked
         assert found["can_backlog"][0] is False
         assert "datapath.mode = backlog asks for it" in found["can_backlog"][2]
 
@@ -97,12 +101,18 @@ def test_backlog_is_refused_if_it_was_asked_for_by_name(tmp_path):
     assert "datapath.mode = backlog needs backlog" in said
 
 
-def test_a_kernel_that_refuses_the_look_at_its_sockets_gets_the_program_without_it(tmp_path, monkeypatch):
+@pytest.fixture
+def refused_look(tmp_path, monkeypatch):
+    """In this process and in those it starts, the kernel refuses the program that looks into sockets."""
     (tmp_path / "sitecustomize.py").write_text(
         "import hostagent.datapath.backlog_offsets as offsets\n"
         "offsets.backlog_macros = lambda: dict.fromkeys(offsets._MACROS, 1 << 20)  # behind the end of any socket\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def test_a_kernel_that_refuses_the_look_at_its_sockets_gets_the_program_without_it(refused_look, tmp_path):
     said = check_program()
     assert "the kernel refused the BPF program" in said["blind"]
     with bpf_file_system(tmp_path / "bpf") as root:
@@ -111,6 +121,36 @@ def test_a_kernel_that_refuses_the_look_at_its_sockets_gets_the_program_without_
         assert not datapath.sees_backlog()
         datapath.detach()
         datapath.close()
+
+
+def traces(netns: str, *folders: Path) -> list[str]:
+    """What an agent could leave in a namespace, in its BPF file system and among its records."""
+    commands = ("tc qdisc show", "tc class show dev nic0", "tc filter show dev nic0 egress")
+    shown = [run(*command.split(), netns=netns) for command in commands]
+    return shown + [str(path) for folder in folders for path in sorted(folder.rglob("*")) if "agent." not in path.name]
+
+
+def test_there_the_agent_starts_unless_it_must_see_them(refused_look, wire, tmp_path):
+    records = tmp_path / "run"
+    records.mkdir()
+    with bpf_file_system(tmp_path / "bpf") as root:
+        host = AgentHost(wire[0], records, "--pin-dir", str(root / "fabricpilot"), "-i", "nic0")
+        insist = ("--set", "datapath.mode=backlog")
+        before = traces(wire[0], root, records)
+
+        checked = host.agent("check", *insist)
+        refused = host.agent("run", *insist, "--link-rate", "1Gbit")
+        assert (checked.returncode, refused.returncode) == (3, 3)
+        assert "datapath.mode = backlog asks for it" in checked.stderr.splitlines()[-1]
+        *log, why = refused.stderr.splitlines()
+        assert why.startswith("fabricpilot: datapath.mode = backlog: this kernel does not let it be seen")
+        assert any("the kernel refused the BPF program" in line for line in log)
+        assert traces(wire[0], root, records) == before
+
+        agent = host.start()
+        assert host.status()["datapath"]["mode"] == "attained"
+        end(agent)
+        host.close()
 
 
 @pytest.mark.parametrize("hint_bytes", [0, 200_000])
