@@ -12,30 +12,29 @@
  */
 #pragma once
 
-/* Bytes that are known to wait: this packet's payload, and what is written and not sent yet. `next_sequence` is where the
+/* Bytes that are known to wait: what this packet adds, and what is written and not sent yet. `next_sequence` is where the
  * unsent begins; behind a packet that is sent again also lies what is in flight, and was counted when it was sent.
  * At most 0: not known. */
-static __always_inline __s32 waiting_bytes(__u32 next_sequence, const struct packet *packet, const struct sender *sender)
+static __always_inline __s32 waiting_bytes(__u32 next_sequence, const struct work *work)
 {
 #if SEES_BACKLOG
-	if (sender->known)
-		return packet->payload_bytes + (sender->written - next_sequence);
+	if (work->sender.known)
+		return reread(work->new_bytes) + (work->sender.written - next_sequence);
 #endif
 	return 0;
 }
 
 /* The number that is compared with the thresholds for this packet, before which `attained_bytes` were sent. */
-static __always_inline __u64 rank_of(__u64 attained_bytes, __u32 next_sequence, const struct packet *packet,
-				     const struct sender *sender, const struct hint *hint,
-				     const struct settings *settings)
+static __always_inline __u64 rank_of(__u64 attained_bytes, __u32 next_sequence, const struct work *work,
+				     const struct hint *hint, const struct settings *settings)
 {
 	__u64 known_bytes = attained_bytes;
-	__s32 waiting = settings->use_backlog ? waiting_bytes(next_sequence, packet, sender) : 0;
+	__s32 waiting = settings->use_backlog ? waiting_bytes(next_sequence, work) : 0;
 
 	/* A message's last byte decides, as it does when all of it was sent. */
 	if (waiting > 0)
 		known_bytes += waiting - 1;
-	if (hint && hint_position(hint, packet) < hint->bytes && known_bytes < hint->bytes)
+	if (hint && hint_position(hint, &work->packet) < hint->bytes && known_bytes < hint->bytes)
 		known_bytes = hint->bytes - 1;
 	return known_bytes;
 }

@@ -5,9 +5,10 @@
  * - A packet's level is that of the bytes sent before it, so a flow's first packet is always at the top; with a local
  *   socket, that of the bytes written so far (backlog.h).
  * - SYN, pure ACK, FIN and RST without payload travel at the top: they are small and others wait for them.
- *   Retransmissions are ranked like any other packet: at the top they answered every spurious timeout of a starved
- *   flow with traffic ahead of everybody's (in the testbed, over twice the retransmissions and the mean of all flows
- *   up by half).
+ * - A retransmission travels on the level of its message, so that of a short one is at the top, however often it is
+ *   sent again: what a local TCP socket repeats does not count once more. All of them at the top answered every
+ *   spurious timeout of a starved flow with traffic ahead of everybody's (in the testbed, over twice the
+ *   retransmissions and the mean of all flows up by half).
  * - Only a SYN or payload inserts. A pure ACK or RST never does, so an entry that user space has forgotten after
  *   the flow's end does not come back as a flow of unknown age.
  * - A TCP flow first seen in mid-life is of unknown size, not short: it is on the last level until its next message.
@@ -28,7 +29,7 @@
 /* Times are CLOCK_MONOTONIC. Those of local TCP sockets are exact; others are of the latest timer tick (1 to 10 ms),
  * which is read once a tick (work.h), but for the flow's first and, once it has ended, its last. */
 struct flow_state {
-	__u64 attained_bytes; /* payload of the current message, retransmissions included */
+	__u64 attained_bytes; /* payload of the current message; retransmissions only where no socket tells of them */
 	__u64 packets;        /* GSO segments count one by one */
 	__u64 last_data_ns;   /* latest packet with payload */
 	__u32 next_sequence;  /* TCP: behind the last byte sent */
@@ -198,7 +199,7 @@ static __always_inline struct flow_state *account(struct __sk_buff *skb, struct 
 	see_flow(packet, flow, now_ns, counters);
 	__sync_fetch_and_add(&flow->packets, segments);
 	if (packet->tcp_flags & TCP_SYN)
-		flow->next_sequence = behind(packet);
+		flow->next_sequence = packet->sequence;
 	if (!packet->payload_bytes)
 		goto accounted;
 
@@ -229,19 +230,29 @@ static __always_inline struct flow_state *account(struct __sk_buff *skb, struct 
 		flow->flags ^= FLOW_UNSENT;
 #endif
 	attained_bytes = flow->attained_bytes;
-	__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
+	work->new_bytes = packet->payload_bytes;
+	if (sender->known && reread(work->repeated)) {
+		/* Stands for the last byte that was sent: of the same rank as its message, and nothing more to count. */
+		work->new_bytes = 1;
+		attained_bytes -= !!attained_bytes;
+	} else {
+		__sync_fetch_and_add(&flow->attained_bytes, packet->payload_bytes);
+	}
 	work->level = last_level(settings);
 	if (flow->flags & FLOW_SAW_MESSAGE)
-		work->level = level_of(settings, rank_of(attained_bytes, flow->next_sequence, packet, sender, hint, settings));
+		work->level = level_of(settings, rank_of(attained_bytes, flow->next_sequence, work, hint, settings));
 	if (flow->level != reread(work->level)) {
 		flow->level = work->level;
 		tell_if_long(flow, work, attained_bytes, settings, counters);
 	}
 	if (flow->flags & FLOW_TURN) {
-		if (attained_bytes < flow->turn_ends_bytes)
+		if ((__s64)(attained_bytes - flow->turn_ends_bytes) < 0) {
 			work->level = 0;
-		else
+			if (reread(work->new_bytes) != packet->payload_bytes)
+				flow->turn_ends_bytes -= packet->payload_bytes; /* what is sent again uses it up, too */
+		} else {
 			flow->flags &= ~FLOW_TURN;
+		}
 	}
 accounted:
 	if (reread(work->done.bytes))

@@ -16,7 +16,7 @@ struct long_flow {
 	__u64 at_ns; /* CLOCK_MONOTONIC */
 	__u64 message_began_ns;
 	__u64 attained_bytes; /* of the current message, before this packet */
-	__u64 backlog_bytes;  /* waiting: this packet's payload and what is written and not sent yet; 0: not known */
+	__u64 backlog_bytes;  /* waiting: what this packet adds, and what is written and not sent yet; 0: not known */
 	__u64 ended;          /* 0: it has become long; 1: it was, and has ended */
 };
 
@@ -46,7 +46,7 @@ static __always_inline void tell_if_long(struct flow_state *flow, const struct w
 					 const struct settings *settings, struct counters *counters)
 {
 	const struct packet *packet = &work->packet;
-	__s32 waiting = waiting_bytes(flow->next_sequence, packet, &work->sender);
+	__s32 waiting = waiting_bytes(flow->next_sequence, work);
 
 	if (work->level != last_level(settings) || (flow->flags & (FLOW_SAW_MESSAGE | FLOW_TOLD)) != FLOW_SAW_MESSAGE ||
 	    is_excluded(flow))

@@ -25,6 +25,8 @@ struct work {
 	__u8 route;                   /* and this route; 0: the kernel's */
 	__u8 fresh;                   /* `beginning` is to be inserted */
 	__u8 pad[2];
+	__u32 new_bytes; /* what it adds to its message; 1 if it is sent again */
+	__u32 pad2;
 	/* These two stay from packet to packet. */
 	__u64 tick;    /* jiffies when the clock was read */
 	__u64 tick_ns; /* what it said, CLOCK_MONOTONIC */

@@ -166,10 +166,9 @@ def wait_for_gap(connection: socket.socket, least_s: float = 0.05) -> None:
     time.sleep(max(least_s, 3e-6 * srtt_us))
 
 
-def levels_at(place: int, again_bytes: int, thresholds: Thresholds = SETTINGS.thresholds) -> set[int]:
-    """DSCPs that the byte at `place` of a message may carry; so many before it may have been sent twice, and count."""
-    least, most = thresholds.level_of(place), thresholds.level_of(place + again_bytes)
-    return set(SETTINGS.dscp[least : most + 1])
+def dscp_at(place: int, thresholds: Thresholds = SETTINGS.thresholds) -> int:
+    """The DSCP of a packet whose payload begins at `place` of a message."""
+    return SETTINGS.dscp[thresholds.level_of(place)]
 
 
 def in_place(packets: list[Seen]) -> list[tuple[int, Seen]]:

@@ -3,9 +3,9 @@
 An oracle of its own: it shares neither code nor data with the egress program. It knows the rules, the code point of
 each level, and which thresholds were in force at which time:
 
-- `attained`: the level of the payload bytes sent before this packet, retransmissions included. `written`: that of the
-  bytes written by then, of which the packets say only that they are no fewer than were sent and no more than the flow
-  has in all; so every level in between is right.
+- `attained`: the level of the payload bytes sent before this packet, each once; of a packet that is sent again, that of
+  the last byte sent. `written`: that of the bytes written by then, of which the packets say only that they are no fewer
+  than were sent and no more than the flow has in all; so every level in between is right.
 - Packets without payload are at the top.
 - A flow that was silent for long may have a turn at the top.
 
@@ -36,7 +36,7 @@ class InForce:
 
 @dataclass(frozen=True)
 class WrongPacket:
-    """A packet with another DSCP than its flow demanded."""
+    """A packet with another DSCP than its flow demanded, by the bytes it had sent."""
 
     packet: SeenPacket
     attained_bytes: int
@@ -76,6 +76,7 @@ _TURN_BYTES = 65_536
 
 _SHOWN_WRONG = 10
 _ID_HALF, _ID_ALL = 1 << 15, 1 << 16  # IP identification has 16 bits
+_SEQUENCE_HALF = 1 << 31  # TCP's sequence numbers have 32
 
 
 def check(
@@ -126,7 +127,7 @@ def _check_flow(
 ) -> None:
     in_all_bytes = _size_bytes(flow) if written else None
     attained_bytes = turn_until_bytes = last_payload_ns = 0
-    whole = True
+    first, whole = flow[0].sequence, True
     for packet, follows in _as_sent(flow):
         whole = whole and follows
         if packet.payload_bytes and not whole:
@@ -135,11 +136,17 @@ def _check_flow(
             if last_payload_ns and packet.time_ns - last_payload_ns >= _STARVED_NS:
                 turn_until_bytes = attained_bytes + _TURN_BYTES
             last_payload_ns = packet.time_ns
-        most_bytes = attained_bytes if in_all_bytes is None else max(attained_bytes, in_all_bytes - 1)
-        demanded = _demanded(packet, (attained_bytes, most_bytes), known, dscp)
+        end_bytes = attained_bytes + _distance(first + attained_bytes, packet.sequence) + packet.payload_bytes
+        repeated = packet.payload_bytes > 0 and end_bytes <= attained_bytes
+        rank_bytes = attained_bytes - repeated
+        most_bytes = rank_bytes if in_all_bytes is None else max(rank_bytes, in_all_bytes - 1)
+        demanded = _demanded(packet, (rank_bytes, most_bytes), known, dscp)
         if demanded and attained_bytes < turn_until_bytes:
             demanded.add(dscp[0])
-        attained_bytes += packet.payload_bytes
+        if repeated:
+            turn_until_bytes -= packet.payload_bytes
+        elif packet.payload_bytes:
+            attained_bytes = end_bytes
         if not demanded:
             continue  # no thresholds are known for this moment
         verdict.checked += 1
@@ -148,7 +155,7 @@ def _check_flow(
             verdict.correct += 1
             verdict.at_change += len(demanded) > 1 and not written
         elif len(verdict.wrong) < _SHOWN_WRONG:
-            verdict.wrong.append(WrongPacket(packet, attained_bytes - packet.payload_bytes, tuple(sorted(demanded))))
+            verdict.wrong.append(WrongPacket(packet, rank_bytes, tuple(sorted(demanded))))
     verdict.incomplete_flows += not whole
 
 
@@ -156,7 +163,13 @@ def _size_bytes(flow: list[SeenPacket]) -> int:
     """What the flow has sent in all; without bound where its end was not captured."""
     if not any(packet.fin for packet in flow):
         return 1 << 62
-    return sum(packet.payload_bytes for packet in flow)
+    first = flow[0].sequence
+    return max(_distance(first, packet.sequence) + packet.payload_bytes for packet in flow if packet.payload_bytes)
+
+
+def _distance(sequence: int, other: int) -> int:
+    """How far the second of two TCP sequence numbers is behind the first."""
+    return (other - sequence + _SEQUENCE_HALF) % (2 * _SEQUENCE_HALF) - _SEQUENCE_HALF
 
 
 def _demanded(

@@ -28,6 +28,7 @@ class SeenPacket(NamedTuple):
     syn: bool
     dscp: int
     fin: bool = False
+    sequence: int = 0  # of the first payload byte
 
 
 def read_packets(path: Path) -> Iterator[SeenPacket]:
@@ -66,4 +67,5 @@ def read_packets(path: Path) -> Iterator[SeenPacket]:
                 syn=bool(tcp.flags.S),
                 dscp=dscp,
                 fin=bool(tcp.flags.F),
+                sequence=tcp.seq + tcp.flags.S,
             )

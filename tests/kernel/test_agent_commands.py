@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from agent_kit import FABRICPILOT, AgentHost, end, wait_for
 from datapath_kit import bpf_file_system, run
-from datapath_wire import Capture, captured, first_time, levels_at, sent_again
+from datapath_wire import Capture, captured, dscp_at, first_time
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.levels import Thresholds, default_dscp
@@ -114,9 +114,9 @@ def flow_on_the_wire(host: Host) -> Iterator[tuple[Flow, Capture]]:
 
 def assert_every_packet_right(capture: Capture, sent_bytes: int) -> None:
     """All that was sent arrived, each packet on the level of the bytes before it; those without payload at the top."""
-    placed, again_bytes = first_time(capture.packets), sent_again(capture.packets)
+    placed = first_time(capture.packets)
     assert placed[-1][0] + placed[-1][1].payload_bytes == sent_bytes
-    wrong = [(place, seen) for place, seen in placed if seen.dscp not in levels_at(place, again_bytes, THRESHOLDS)]
+    wrong = [(place, seen) for place, seen in placed if seen.dscp != dscp_at(place, THRESHOLDS)]
     assert not wrong, wrong[:5]
     assert {seen.dscp for seen in capture.packets if not seen.payload_bytes} == {DSCP[0]}
     assert {seen.dscp for _, seen in placed} == set(DSCP)

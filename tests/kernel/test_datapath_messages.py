@@ -16,8 +16,8 @@ from datapath_wire import (
     THRESHOLDS,
     Host,
     captured,
+    dscp_at,
     first_time,
-    levels_at,
     message_at,
     sent_again,
     transfer,
@@ -91,18 +91,17 @@ def test_each_message_of_a_persistent_connection_starts_at_the_top(host, service
         for size in SIZES:
             service.request(size)
             wait_for_gap(service.connection)
-    met, again_bytes = set(), sent_again(capture.packets)
+    met = set()
     for place, seen in first_time(capture.packets):
         message, position = message_at(place, SIZES)
-        assert seen.dscp in levels_at(position, again_bytes), (message, position)
+        assert seen.dscp == dscp_at(position), (message, position)
         met.add(message)
     assert met == set(range(len(SIZES)))
     flow = only_flow(host)
-    if not again_bytes:
-        assert (flow["attained_bytes"], flow["last_message_bytes"]) == (SIZES[-1], SIZES[-2])
-        assert flow["earlier_bytes"] == sum(SIZES[:-1])
-        finished = host.datapath.finished_messages()
-        assert LogHistogram(finished.sizes).sparse() == LogHistogram.of(SIZES[:-1]).sparse()
+    assert (flow["attained_bytes"], flow["last_message_bytes"]) == (SIZES[-1], SIZES[-2])
+    assert flow["earlier_bytes"] == sum(SIZES[:-1])
+    finished = host.datapath.finished_messages()
+    assert LogHistogram(finished.sizes).sparse() == LogHistogram.of(SIZES[:-1]).sparse()
     assert host.datapath.counters()["messages_finished"] == len(SIZES) - 1
     took_us = LogHistogram(host.datapath.finished_messages().durations)
     assert took_us.total == len(SIZES) - 1
@@ -175,12 +174,12 @@ def test_what_is_written_in_one_go_travels_on_the_level_of_its_size(host, servic
     assert levels[len(levels) // 4] == levels[-1], "placed by what was written, not by what was sent"
 
 
-def lose_some(host: Host) -> None:
-    """Segments one by one over 50 Mbit/s; the receiver loses every hundredth full one, the 61st first."""
+def lose_some(host: Host, every: int = 100) -> None:
+    """Segments one by one over 50 Mbit/s; the receiver loses one of so many full ones, of each hundred the 61st."""
     with in_netns(host.sender):
         run("ip", "link", "set", "nic0", "gso_max_segs", "1")
         run("tc", "qdisc", "add", "dev", "nic0", "root", "tbf", "rate", "50mbit", "burst", "5k", "limit", "2m")
-    lose = "meta l4proto tcp meta length > 1000 numgen inc mod 100 == 60 drop"
+    lose = f"meta l4proto tcp meta length > 1000 numgen inc mod {every} == {every * 3 // 5} drop"
     with in_netns(host.receiver):
         run("nft", "add table ip lossy; add chain ip lossy in { type filter hook prerouting priority 0 ; }")
         run("nft", f"add rule ip lossy in {lose}")
@@ -198,20 +197,33 @@ def test_what_is_sent_again_is_not_counted_as_waiting(host, service):
     assert {seen.dscp for seen in sent} <= set(SETTINGS.dscp[:2])
 
 
-def test_central_is_told_what_waits_when_a_segment_sent_again_makes_a_flow_long(host, service):
-    """All of a message is in the send buffer, 500 bytes short of long: the first one sent again crosses the line."""
-    line_bytes, segment_bytes = 440_500, 1448
+@pytest.mark.parametrize("settings", [BY_BACKLOG, SETTINGS], ids=["written", "sent"])
+def test_a_short_message_stays_at_the_top_however_much_of_it_is_sent_again(host, service, settings):
+    host.datapath.apply(settings)
+    lose_some(host, every=2)
+    size_bytes = THRESHOLDS[0] - 2000
+    with captured(host.receiver) as capture:
+        service.request(size_bytes)
+    sent = [seen for seen in capture.packets if seen.payload_bytes]
+    assert sum(seen.payload_bytes for seen in sent) > 1.5 * THRESHOLDS[0]
+    assert {seen.dscp for seen in sent} == {SETTINGS.dscp[0]}
+    assert only_flow(host)["attained_bytes"] == size_bytes
+
+
+def test_what_is_sent_again_makes_no_flow_long(host, service):
+    """All of a message is in the send buffer, 500 bytes short of long: less than any segment that is sent again."""
+    line_bytes = 440_500
     host.datapath.apply(replace(BY_BACKLOG, thresholds=Thresholds((10_000, 100_000, line_bytes))))
     lose_some(host)
     service.connection.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)  # SO_SNDBUFFORCE
     ring = Ring(host.datapath.map_fd(LONG_FLOW_RING), LONG_FLOW_DTYPE)
     try:
-        service.request(line_bytes - 500)
-        (event,) = ring.read(10)
+        with captured(host.receiver) as capture:
+            service.request(line_bytes - 500)
+        assert sent_again(capture.packets) > 0
+        assert len(ring.read(10)) == 0
     finally:
         ring.close()
-    assert event["backlog_bytes"] >= segment_bytes
-    assert line_bytes < event["attained_bytes"] + event["backlog_bytes"] <= line_bytes + segment_bytes
 
 
 def test_backlog_is_not_looked_at_where_it_is_not_wanted(host, service):
@@ -219,7 +231,7 @@ def test_backlog_is_not_looked_at_where_it_is_not_wanted(host, service):
     with captured(host.receiver) as capture:
         service.request(450_000)
     sent = first_time(capture.packets)
-    assert all(seen.dscp in levels_at(place, sent_again(capture.packets)) for place, seen in sent)
+    assert all(seen.dscp == dscp_at(place) for place, seen in sent)
     assert {seen.dscp for _, seen in sent} == set(SETTINGS.dscp[:2])
 
 

@@ -16,6 +16,7 @@ THRESHOLDS = Thresholds((3_000, 10_000, 50_000))
 FLOW = FlowKey("10.10.0.10", "10.10.0.1", 40_000, 5_001)
 ALWAYS = {FLOW.source: [InForce(0, 0, THRESHOLDS)]}
 MSS = 1448
+_FIRST = 2**32 - 5_000  # sequence numbers wrap on the way
 
 
 def sent(
@@ -28,12 +29,13 @@ def sent(
     step_ns: int = 10,
 ) -> list[SeenPacket]:
     """What a correct host sends: a SYN, then packets of these payloads, 10 ns apart."""
-    packets = [SeenPacket(begin_ns, flow, first_id % 65536, 0, True, DSCP[0])]
+    packets = [SeenPacket(begin_ns, flow, first_id % 65536, 0, True, DSCP[0], sequence=_FIRST)]
     attained = 0
     for number, payload in enumerate(payloads, 1):
         level = thresholds.level_of(attained) if payload else 0
         ip_id = (first_id + number) % 65536
-        packets.append(SeenPacket(begin_ns + number * step_ns, flow, ip_id, payload, False, DSCP[level]))
+        at_ns, sequence = begin_ns + number * step_ns, (_FIRST + attained) % 2**32
+        packets.append(SeenPacket(at_ns, flow, ip_id, payload, False, DSCP[level], sequence=sequence))
         attained += payload
     return packets
 
@@ -83,10 +85,20 @@ def test_packets_without_payload_travel_at_the_top_and_count_no_bytes() -> None:
     assert judged([*packets[:-1], remark(packets[-1], 8)]).correct == 61
 
 
-def test_retransmissions_count_as_bytes_sent() -> None:
-    packets = sent([MSS, MSS, MSS, MSS])  # the last may be a retransmission: it was sent after 3 * MSS bytes
-    assert packets[-1].dscp == 24
-    assert judged(packets).correct == 5
+@pytest.mark.parametrize(("segments", "dscp"), [(2, 32), (3, 24), (9, 16)])
+def test_what_is_sent_again_is_on_the_level_of_its_message_and_counts_no_more(segments: int, dscp: int) -> None:
+    """2, 3 and 9 segments are 2,896, 4,344 and 13,032 bytes; three times all of it again, then a new one."""
+    packets = sent([MSS] * (4 * segments + 1))
+    sequences = [packet.sequence for packet in packets[1 : segments + 2]]
+    again = [
+        remark(packet, dscp)._replace(sequence=sequences[number % segments])
+        for number, packet in enumerate(packets[segments + 1 : -1])
+    ]
+    new = remark(packets[-1], dscp)._replace(sequence=sequences[-1])
+    verdict = judged([*packets[: segments + 1], *again, new])
+    assert verdict.wrong == []
+    assert verdict.correct == 4 * segments + 2
+    assert judged([*packets[: segments + 1], *again[:-1], remark(again[-1], 63), new]).wrong != []
 
 
 def test_packets_handed_over_by_two_cpus_are_put_in_order() -> None:
