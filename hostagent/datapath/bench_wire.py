@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from fabricpilot.errors import KernelError
@@ -61,6 +61,7 @@ def enter_own_namespace() -> None:
 def wire() -> Iterator[str]:
     """A veth device INTERFACE in this namespace, the server at its other end; yields the path of the server's."""
     from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
 
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdin is not None
@@ -82,7 +83,10 @@ def wire() -> Iterator[str]:
             connected(port).close()
         yield there
     finally:
-        server.stdin.close()  # it ends, iperf3 with it, and its namespace takes the pair along
+        # Its namespace would take the pair along, but some time after its end, and others may use the addresses next.
+        with suppress(NetlinkError), IPRoute() as ours:
+            ours.link("del", ifname=INTERFACE)
+        server.stdin.close()  # it ends, iperf3 with it
         try:
             server.wait(_READY_S)
         except subprocess.TimeoutExpired:
