@@ -401,7 +401,8 @@ def _choices(wanted: Any) -> str:
 
 
 def _readable(message: str) -> str:
-    return message.replace("`", "'").replace("'$.", "'").replace(" - at ", " at ")
+    message = message.replace("`", "'").replace("'$.", "'").replace(" - at ", " at ")
+    return re.sub(r"at '\$\[(\d+)\]'", lambda place: f"in place {int(place[1]) + 1}", message)
 
 
 def _did_you_mean(name: str, known: Any) -> str:

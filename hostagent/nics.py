@@ -104,19 +104,9 @@ class LinkWatch:
         Raises:
             KernelError: rtnetlink failed.
         """
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise KernelError(f"rtnetlink failed: {error.strerror}") from error
-                self._dump()  # events were lost; what the table says may be wrong in any way
-                self._resynced = True
-                continue
-            for kind, _, _, message in _messages(data):
-                self._take(kind, message)
+        while self._take_waiting():
+            self._dump()  # events were lost; what the table says may be wrong in any way
+            self._resynced = True
 
     def gone(self) -> set[int]:
         """Indices of interfaces that went away since this was asked last, also where a new one has the index now."""
@@ -164,7 +154,7 @@ class LinkWatch:
 
     def _dump_once(self) -> bool:
         """Whether the dump is a consistent picture."""
-        self._drain()
+        self._take_waiting()  # an event from before the dump, read behind it, would bring back what has gone since
         self._sequence += 1
         mask = struct.pack("=HHI", 8, _IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
         request = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + mask
@@ -188,16 +178,18 @@ class LinkWatch:
         finally:
             self._socket.settimeout(None)
 
-    def _drain(self) -> None:
-        """Take in what waits: an event from before a dump, read behind it, would bring back what has gone since."""
+    def _take_waiting(self) -> bool:
+        """Take in the events that wait; returns whether some were lost. Never blocks."""
+        lost = False
         while True:
             try:
                 data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return
+                return lost
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise
+                    raise KernelError(f"rtnetlink failed: {error.strerror}") from error
+                lost = True
                 continue
             for kind, _, _, message in _messages(data):
                 self._take(kind, message)

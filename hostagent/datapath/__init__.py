@@ -40,8 +40,8 @@ def open_datapath(section: DatapathSection) -> Datapath:
 
     Raises:
         KernelError: the kernel does not allow it, or what is pinned cannot be opened.
-        UsageError: `pin_dir` belongs to the data path of another network namespace, or the data path asked for
-            cannot do what is configured.
+        UsageError: `pin_dir` is no such path, or belongs to the data path of another network namespace; or the data
+            path asked for cannot do what is configured.
     """
     backend = _choose(section) if section.backend == "auto" else section.backend
     datapath = _open(backend, section)
@@ -86,8 +86,11 @@ def _open(backend: str, section: DatapathSection) -> Datapath:
 
 def _choose(section: DatapathSection) -> str:
     from hostagent.datapath import nft_table
+    from hostagent.datapath.bpffs import check_path
 
-    if Path(section.pin_dir).is_dir():
+    pin_dir = Path(section.pin_dir)
+    check_path(pin_dir)
+    if pin_dir.is_dir():
         return "ebpf"
     if nft_table.exists_here():
         return "nftables"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fabricpilot.errors import KernelError
+from fabricpilot.errors import KernelError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,24 @@ def holds(pin_dir: Path) -> bool:
     return pin_dir.parent.is_dir() and is_bpffs(pin_dir.parent)
 
 
+def check_path(pin_dir: Path) -> None:
+    """Refuse what the kernel would: a BPF file system answers a name with a dot in it with EPERM, even to a look.
+
+    Raises:
+        UsageError: it is such a path, or not an absolute one.
+    """
+    if not pin_dir.is_absolute() or "." in pin_dir.name:
+        raise UsageError(f"datapath.pin_dir = {pin_dir} must be an absolute path, its last part without dots")
+
+
 def check_bpffs(pin_dir: Path) -> str:
     """Whether `ensure_bpffs` will do, without mounting; returns "" or that it has yet to be mounted.
 
     Raises:
+        UsageError: `check_path`.
         KernelError: it will not, with what to do.
     """
+    check_path(pin_dir)
     if STANDARD_MOUNT in pin_dir.parents and not is_bpffs(STANDARD_MOUNT):
         _check_mountable()
         return f"will be mounted at {STANDARD_MOUNT}"

@@ -27,7 +27,7 @@ from hostagent.datapath import pins as pinned
 from hostagent.datapath import tc_filter, upgrade
 from hostagent.datapath.backlog_offsets import KERNEL_BTF
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
-from hostagent.datapath.bpffs import ensure_bpffs, holds, unmount_if_unused
+from hostagent.datapath.bpffs import check_path, ensure_bpffs, holds, unmount_if_unused
 from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups, hand_over
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
@@ -76,8 +76,7 @@ class EbpfDatapath:
     name = "ebpf"
 
     def __init__(self, pin_dir: Path, flow_entries: int) -> None:
-        if not pin_dir.is_absolute() or "." in pin_dir.name:
-            raise UsageError(f"datapath.pin_dir = {pin_dir} must be an absolute path, its last part without dots")
+        check_path(pin_dir)
         self.pin_dir = pin_dir
         self._owner = tc_filter.owner_of(pin_dir)
         self._flow_entries = flow_entries

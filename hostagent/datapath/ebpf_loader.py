@@ -135,7 +135,8 @@ def compiled_text(source: str) -> tuple[Any, Any]:
     try:
         return bcc, bcc.BPF(text=source.encode(), cflags=flags)
     except Exception as error:  # bcc raises nothing more specific
-        raise KernelError("the BPF program could not be compiled, or its maps not be made") from error
+        why = "" if os.geteuid() == 0 else "; it takes root, or the capabilities BPF, PERFMON and NET_ADMIN"
+        raise KernelError(f"the BPF program could not be compiled, or its maps not be made{why}") from error
 
 
 def _compile_and_load(
