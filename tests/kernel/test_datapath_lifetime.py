@@ -31,12 +31,6 @@ RETURN_UNSPEC = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 
 
 
 @pytest.fixture
-def pin_dir(tmp_path):
-    with bpf_file_system(tmp_path / "bpf") as root:
-        yield root / "fabricpilot"
-
-
-@pytest.fixture
 def nic(make_netns):
     """A namespace, entered, with a veth pair nic0 -- nic1."""
     name = make_netns("nic")
@@ -366,6 +360,15 @@ def test_pin_dir_that_cannot_be(path):
 
     with pytest.raises(UsageError, match="absolute path, its last part without dots"):
         EbpfDatapath(Path(path), 4096)
+
+
+@pytest.mark.parametrize("backend", ["auto", "ebpf"])
+def test_the_kernel_would_not_even_look_at_such_a_pin_dir(tmp_path, backend):
+    with (
+        bpf_file_system(tmp_path / "bpf") as root,
+        pytest.raises(UsageError, match="absolute path, its last part without dots"),
+    ):
+        open_datapath(DatapathSection(backend=backend, pin_dir=str(root / "fabric.pilot")))
 
 
 def test_source_that_does_not_compile_is_one_line(pin_dir, nic, monkeypatch, tmp_path):

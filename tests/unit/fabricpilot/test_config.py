@@ -31,6 +31,7 @@ def test_thresholds_from_a_flag(text):
     ("key", "text", "match"),
     [
         ("datapath.thresholds", "[100, 2000", "write a,b or"),
+        ("datapath.thresholds", "100,few,2000", "Expected 'int', got 'str' in place 2"),
         ("datapath.mode", "backlogs", "one of auto, backlog, attained"),
         ("datapath.flow_entries", "99999999999", "99999999999; it must be 1024 to 16777216"),
         ("host.report_interval_s", "0.05", "0.05; it must be 0.1 to 60"),
