@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
  * The egress program: gives every TCP and UDP packet that leaves a NIC the level its flow has earned.
- * Hook: clsact egress, direct action, before the qdisc sees the packet.
+ * Hook: tcx egress, or clsact egress with direct action; both before the qdisc sees the packet.
  *
  *   1. parse    Ethernet, VLAN, IPv4 or IPv6, TCP or UDP; anything else is counted and left alone
  *                                                                                  (parse.h, fragment.h, counters.h)

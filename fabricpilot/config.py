@@ -51,6 +51,9 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     """`[datapath]`: how packets are counted and tagged."""
 
     backend: Literal["auto", "ebpf", "nftables", "fake"] = "auto"  # auto: ebpf, or nftables; fake: no kernel at all
+    # where eBPF meets packets, on NICs that it is not on yet: tcx (Linux 6.6) runs before clsact and costs less;
+    # auto: tcx where the kernel has it
+    hook: Literal["auto", "tcx", "clsact"] = "auto"
     levels: int = DEFAULT_LEVELS  # K, 2 to 8
     thresholds: list[int] = []  # K-1 ascending bytes; empty: the default for K, until central sends better
     dscp: list[int] = []  # one code point per level; empty: what dscp_preset says

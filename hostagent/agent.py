@@ -201,6 +201,7 @@ class Agent:
                 "trouble": self.link.trouble,
                 "counters": dict(self.link.counters),
             }
+        interfaces = self.roster.names if self.roster is not None else self.datapath.attached()
         return {
             "host": self.name,
             "group": self.config.host.group,
@@ -209,7 +210,8 @@ class Agent:
             "uptime_s": round(time.time() - self._started_at, 1),
             "datapath": {
                 "backend": self.datapath.name,
-                "interfaces": self.roster.names if self.roster is not None else self.datapath.attached(),
+                "interfaces": interfaces,
+                "attached_by": self.datapath.attached_by(interfaces),
                 "adopted": self.scheduled.adopted,
                 "mode": "backlog" if self._ranks_by_backlog() else "attained",
                 "thresholds": list(self.settings.thresholds.bytes),

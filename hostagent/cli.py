@@ -78,8 +78,10 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
 
     with IPRoute() as ipr:
         if dry_run:
-            for name, plan in plan_all(config, ipr).items():
-                click.echo(f"# {name}: data path {config.datapath.backend}, pinned in {config.datapath.pin_dir}")
+            plans = plan_all(config, ipr)
+            backend, ways = _ways_of_attaching(config, list(plans))
+            for name, plan in plans.items():
+                click.echo(f"# {name}: data path {backend} by {ways[name]}, pinned in {config.datapath.pin_dir}")
                 click.echo(f"# {name}: queues {plan.kind}: {plan.why}")
                 for line in plan.commands(name):
                     click.echo(line)
@@ -265,16 +267,28 @@ def _need_root(config: AgentConfig) -> None:
         )
 
 
+def _ways_of_attaching(config: AgentConfig, interfaces: list[str]) -> tuple[str, dict[str, str]]:
+    """The data path that `run` would open, and how it would be attached to each of these."""
+    from hostagent.datapath import open_datapath
+
+    datapath = open_datapath(config.datapath)
+    try:
+        return datapath.name, datapath.attached_by(interfaces)
+    finally:
+        datapath.close()
+
+
 def _kernel_status(config: AgentConfig) -> dict[str, Any]:
     _need_root(config)
     from hostagent.datapath import open_datapath
 
     datapath = open_datapath(config.datapath)
     try:
-        settings = datapath.settings()
+        settings, interfaces = datapath.settings(), datapath.attached()
         return {
             "backend": datapath.name,
-            "interfaces": datapath.attached(),
+            "interfaces": interfaces,
+            "attached_by": datapath.attached_by(interfaces),
             "thresholds": list(settings.thresholds.bytes) if settings else [],
             "dscp": list(settings.dscp) if settings else [],
             "counters": datapath.counters() if settings else {},

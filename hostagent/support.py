@@ -79,14 +79,14 @@ def probe(section: DatapathSection) -> list[Finding]:
         return [*told, *nftables()]
     if not findings[0].ok:
         return findings  # nothing else can be tried, and saying so ten times helps nobody
-    return [*findings, *_in_own_namespace(), *_capabilities(EbpfDatapath.name, can, section)]
+    return [*findings, *_in_own_namespace(section.hook), *_capabilities(EbpfDatapath.name, can, section)]
 
 
 def _for_nftables() -> list[Finding]:
     privileges = _privileges("NET_ADMIN")
     if not privileges.ok:
         return [privileges]
-    found = (finding for finding in _in_own_namespace() if finding.id != "clsact")
+    found = (finding for finding in _in_own_namespace("auto") if finding.id not in ("tcx", "clsact"))
     return [privileges, *(replace(finding, required=finding.id == "nftables") for finding in found)]
 
 
@@ -225,8 +225,12 @@ def _pin_dir(pin_dir: Path) -> Finding:
         return Finding("bpffs", what, False, True, str(error))
 
 
-def _in_own_namespace() -> Iterator[Finding]:
-    """What needs an interface, as tried by the child."""
+def _in_own_namespace(hook: str) -> Iterator[Finding]:
+    """What needs an interface, as tried by the child.
+
+    Args:
+        hook: `datapath.hook`.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-P", "-m", "hostagent.support"]
     why, said = "", {}
@@ -240,8 +244,10 @@ def _in_own_namespace() -> Iterator[Finding]:
             why = f"could not be tried: {(child.stderr.strip().splitlines() or ['the probe said nothing'])[-1]}"
     except subprocess.TimeoutExpired:
         why = f"could not be tried within {_CHILD_TIMEOUT_S:.0f} s"
-    clsact = said.get("clsact", why)
-    yield Finding("clsact", "clsact qdisc, where the program is attached", not clsact, True, clsact)
+    tcx, clsact = said.get("tcx", why), said.get("clsact", why)
+    yield Finding("tcx", "tcx, where the program is attached to a NIC", not tcx, hook == "tcx", tcx)
+    needed = hook == "clsact" or (hook == "auto" and bool(tcx))
+    yield Finding("clsact", "clsact qdisc, where it is attached otherwise", not clsact, needed, clsact)
     kinds, kinds_why = said.get("kinds", []), said.get("kinds_why", why)
     for kind, option in _QUEUES.items():
         lacking = "" if kind in kinds else kinds_why or f"not in this kernel: {option}"
@@ -258,13 +264,21 @@ def _in_own_namespace() -> Iterator[Finding]:
 def _try_in_own_namespace() -> dict[str, object]:
     from pyroute2 import IPRoute
 
-    from hostagent.datapath.tc_filter import Interface, add_clsact
+    from hostagent.datapath.hook import Interface
+    from hostagent.datapath.tc_filter import add_clsact
+    from hostagent.datapath.tcx_link import why_not
     from hostagent.qdisc import supported_kinds
 
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
         reason = f"could not be tried: no new network namespace ({os.strerror(ctypes.get_errno())})"
-        return {"clsact": reason, "kinds_why": reason, "nftables": reason}
-    said: dict[str, object] = {"clsact": "", "kinds": [], "kinds_why": "", "nftables": _try_nftables()}
+        return {"tcx": reason, "clsact": reason, "kinds_why": reason, "nftables": reason}
+    said: dict[str, object] = {
+        "tcx": why_not(),
+        "clsact": "",
+        "kinds": [],
+        "kinds_why": "",
+        "nftables": _try_nftables(),
+    }
     with IPRoute() as ipr:
         try:
             add_clsact(ipr, Interface("lo", 1))

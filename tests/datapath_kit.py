@@ -8,6 +8,7 @@ import ctypes
 import ipaddress
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hostagent.datapath.base import FLOW_KEY_DTYPE
 from hostagent.datapath.ebpf import EbpfDatapath
 from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
 from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN
+from hostagent.datapath.source import PROGRAM
 
 TC_ACT_UNSPEC = 0xFFFFFFFF
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,11 +89,34 @@ def bpf_objects(*pin_dirs: Path) -> set[tuple[str, int]]:
     programs = {PROGRAM_PIN, *CGROUP_PROGRAMS}
     for pin in [path for directory in pin_dirs if directory.is_dir() for path in directory.iterdir()]:
         if pin.name.rpartition("_")[0] in programs:
-            continue  # a link of one of the programs to a cgroup
+            continue  # a link of one of the programs to a cgroup or an interface
         kind = "prog" if pin.name in programs else "map"
         said = json.loads(run("bpftool", "-j", kind, "show", "pinned", str(pin)))
         found |= {(kind, said["id"]), *(("map", map_id) for map_id in said.get("map_ids", ()))}
     return found
+
+
+def our_programs(device: str) -> list[tuple[str, int]]:
+    """How fabricpilot's programs are on an interface's egress, in the order they run, and the id of each."""
+    found = []
+    for program, _ in bpf.tcx_egress(socket.if_nametoindex(device)) or ():
+        if json.loads(run("bpftool", "-j", "prog", "show", "id", str(program)))["name"].startswith(PROGRAM[:15]):
+            found.append(("tcx", program))
+    for entry in json.loads(run("tc", "-j", "filter", "show", "dev", device, "egress")):
+        name = str(entry.get("options", {}).get("bpf_name", ""))
+        if name.startswith("fabricpilot:"):
+            found.append(("clsact", int(name.rpartition(":")[2])))
+    return found
+
+
+def take_off(device: str) -> None:
+    """What somebody else may do to our program on an interface: it is gone, and nothing of ours knows."""
+    [(way, _)] = our_programs(device)
+    if way == "clsact":
+        run("tc", "qdisc", "del", "dev", device, "clsact")
+        return
+    [(_, link)] = bpf.tcx_egress(socket.if_nametoindex(device))
+    run("bpftool", "link", "detach", "id", str(link))
 
 
 def wait_until_freed(objects: set[tuple[str, int]], seconds: float = 10.0) -> None:

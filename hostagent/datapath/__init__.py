@@ -81,7 +81,7 @@ def _open(backend: str, section: DatapathSection) -> Datapath:
         return NftablesDatapath(section.flow_entries, section.idle_timeout_s)
     from hostagent.datapath.ebpf import EbpfDatapath
 
-    return EbpfDatapath(Path(section.pin_dir), section.flow_entries)
+    return EbpfDatapath(Path(section.pin_dir), section.flow_entries, section.hook)
 
 
 def _choose(section: DatapathSection) -> str:

@@ -213,6 +213,9 @@ class Datapath(Protocol):
     def attached(self) -> list[str]:
         """Interfaces scheduled now, also by an agent before this one; sorted."""
 
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+        """By which mechanism of the kernel each of these is, or would be, attached; without those that do not exist."""
+
     def release(self, interfaces: Collection[str]) -> None:
         """Schedule packets leaving these no longer; also forgets all interfaces that are gone. Idempotent."""
 

@@ -35,6 +35,7 @@ _MAP_DELETE_BATCH: Final = 27
 _LINK_CREATE: Final = 28
 _LINK_UPDATE: Final = 29
 _ENABLE_STATS: Final = 32
+_LINK_DETACH: Final = 34
 
 # enum bpf_map_type
 MAP_TYPE_HASH: Final = 1
@@ -47,7 +48,9 @@ PROG_TYPE_SCHED_CLS: Final = 3
 # The smallest tc program, to see whether one may be loaded: r0 = TC_ACT_UNSPEC; exit.
 RETURN_UNSPEC: Final = bytes([0xB7, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0x95, 0, 0, 0, 0, 0, 0, 0])
 
-_TCX_EGRESS: Final = 47  # of enum bpf_attach_type
+TCX_EGRESS: Final = 47  # of enum bpf_attach_type
+FIRST: Final = 1 << 3  # BPF_F_BEFORE, before whatever else is attached there
+_TCX_PROGRAMS: Final = 64  # BPF_MPROG_MAX, as many as one hook of an interface takes
 
 _SYSCALL_NUMBERS: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -128,6 +131,10 @@ class _LinkUpdate(ctypes.Structure):  # BPF_LINK_UPDATE
     )
 
 
+class _LinkDetach(ctypes.Structure):  # BPF_LINK_DETACH
+    _fields_ = (("link_fd", ctypes.c_uint32),)
+
+
 class _EnableStats(ctypes.Structure):  # BPF_ENABLE_STATS
     _fields_ = (("type", ctypes.c_uint32),)
 
@@ -197,14 +204,24 @@ def obj_get(path: Path) -> int:
     return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
 
 
-def link_create(program: int, target: int, attach_type: int) -> int:
-    """Attach a program to a target (a cgroup's directory); it stays until this descriptor and all pins are gone."""
-    return _bpf(_LINK_CREATE, _LinkCreate(program, target, attach_type, 0))
+def link_create(program: int, target: int, attach_type: int, flags: int = 0) -> int:
+    """Attach a program to a target (a cgroup's directory, an interface's index), until all descriptors and pins go."""
+    return _bpf(_LINK_CREATE, _LinkCreate(program, target, attach_type, flags))
 
 
 def link_update(link: int, program: int) -> None:
     """Put a program in the place of the one that a link attaches, in one step."""
     _bpf(_LINK_UPDATE, _LinkUpdate(link, program, 0, 0))
+
+
+def link_detach(link: int) -> None:
+    """Take a link's program off at once, whoever else holds the link; it attaches nothing ever after."""
+    _bpf(_LINK_DETACH, _LinkDetach(link))
+
+
+def link_id(link: int) -> int:
+    """The kernel-wide id of a link."""
+    return int(_info(link)[1])  # struct bpf_link_info: type, id, prog_id ...
 
 
 def prog_id(fd: int) -> int:
@@ -240,16 +257,25 @@ def map_shape(fd: int) -> tuple[int, ...]:
     return int(words[0]), *(int(word) for word in words[2:6])
 
 
-def tcx_egress_programs(ifindex: int) -> int:
-    """How many programs are on the interface's tcx egress hook, which runs before clsact; 0 where there is no tcx."""
-    query = _ProgQuery(target_ifindex=ifindex, attach_type=_TCX_EGRESS)
+def tcx_egress(ifindex: int) -> list[tuple[int, int]] | None:
+    """Program and link (0: without one) ids at an interface's tcx egress, in the order they run; None: no tcx here."""
+    programs, links = np.zeros((2, _TCX_PROGRAMS), np.uint32)
+    query = _ProgQuery(
+        target_ifindex=ifindex,
+        attach_type=TCX_EGRESS,
+        prog_ids=_address(programs),
+        link_ids=_address(links),
+        count=_TCX_PROGRAMS,
+    )
     try:
         _bpf(_PROG_QUERY, query)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
-            return 0
+        if error.errno == errno.EINVAL:
+            return None
+        if error.errno in (errno.ENOENT, errno.ENODEV):  # nothing there, on the first kernels with tcx; no interface
+            return []
         raise
-    return int(query.count)
+    return list(zip(programs[: query.count].tolist(), links[: query.count].tolist(), strict=True))
 
 
 def _info(fd: int) -> npt.NDArray[np.uint32]:

@@ -4,7 +4,8 @@ Opening adopts whatever an earlier agent has left: flow table, settings and coun
 `attach` or `apply` needs it, so looking (`attached`, `flows`, `counters`) never changes the kernel. Another version's
 data path is replaced in place by the first of the two (upgrade.py); it can be read as long as its maps hold the same.
 
-bcc runs in a child (ebpf_loader.py); this module uses bpf(2) and netlink only.
+bcc runs in a child (ebpf_loader.py); this module uses bpf(2) and netlink only. How the program is attached to a NIC,
+by tcx or by clsact, is hooks.py's.
 """
 
 import fcntl
@@ -24,11 +25,13 @@ from fabricpilot.errors import KernelError, UsageError
 from fabricpilot.levels import MAX_LEVELS
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
-from hostagent.datapath import tc_filter, upgrade
+from hostagent.datapath import upgrade
 from hostagent.datapath.backlog_offsets import KERNEL_BTF
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.bpffs import check_path, ensure_bpffs, holds, unmount_if_unused
 from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups, hand_over
+from hostagent.datapath.hook import Hook, Interface, find_interface, interface_names
+from hostagent.datapath.hooks import AUTO, Hooks
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
     FINISHED_DTYPE,
@@ -42,7 +45,6 @@ from hostagent.datapath.layout import (
 from hostagent.datapath.pinned_names import MAPS
 from hostagent.datapath.pins import Pins
 from hostagent.datapath.source import fingerprint, map_layouts
-from hostagent.datapath.tc_filter import Interface
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,12 @@ def kernel_capabilities() -> frozenset[str]:
 
 
 class EbpfDatapath:
-    """The `Datapath` on a clsact egress program; see base.py for the contract.
+    """The `Datapath` on a program at each NIC's egress; see base.py for the contract.
 
     Args:
         pin_dir: folder in a bpffs; one per network namespace.
         flow_entries: size of the flow table.
+        hook: where the program goes on NICs that do not have it yet: "tcx", "clsact", or "auto".
 
     Raises:
         KernelError: bpf(2) is not allowed, or what is pinned cannot be opened.
@@ -75,10 +78,10 @@ class EbpfDatapath:
 
     name = "ebpf"
 
-    def __init__(self, pin_dir: Path, flow_entries: int) -> None:
+    def __init__(self, pin_dir: Path, flow_entries: int, hook: str = AUTO) -> None:
         check_path(pin_dir)
         self.pin_dir = pin_dir
-        self._owner = tc_filter.owner_of(pin_dir)
+        self._hooks = Hooks(pin_dir, self._netlink, hook)
         self._flow_entries = flow_entries
         self._fingerprint = fingerprint(flow_entries)
         self._layouts = {name: layout for name, layout in map_layouts().items() if name in MAPS}
@@ -111,24 +114,30 @@ class EbpfDatapath:
 
     def attach(self, interface: str) -> bool:
         """See `Datapath.attach`; loads the data path first where it is not there yet."""
-        nic = tc_filter.find_interface(self._netlink(), interface)
+        nic = find_interface(self._netlink(), interface)
         with self._exclusive():
             pins = self._ensure_loaded()
-            program = bpf.prog_id(pins.program)
-            if (
-                nic.index in pins.interfaces()
-                and tc_filter.our_program_id(self._netlink(), nic.index, self._owner) == program
-            ):
-                return False
-            self._attach(pins, nic, program)
-            return True
+            there = self._hooks.find(nic.index) if nic.index in pins.interfaces() else None
+            attached = there is not None and there[1] == bpf.prog_id(pins.program)
+            if not attached:
+                self._hooks.put(nic, pins)
+            self._hooks.tell_of_others(nic)
+            return not attached
 
     def attached(self) -> list[str]:
         """See `Datapath.attached`."""
         if self._pins is None:
             return []
         pinned_program = bpf.prog_id(self._pins.program)
-        return sorted(nic.name for nic, program in self._filters().items() if program == pinned_program)
+        return sorted(nic.name for nic, (_, program) in self._scheduled().items() if program == pinned_program)
+
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+        """See `Datapath.attached_by`."""
+        noted = self._pins.interfaces() if self._pins is not None else {}
+        by_name = {name: index for index, name in interface_names(self._netlink()).items()}
+        indices = {name: by_name[name] for name in interfaces if name in by_name}
+        told = self._hooks.describe({index: index in noted for index in indices.values()})
+        return {name: told[index] for name, index in indices.items()}
 
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""
@@ -139,13 +148,14 @@ class EbpfDatapath:
             self._reopen()
             if (pins := self._pins) is None:
                 return
-            names = tc_filter.interface_names(ipr)
+            names = interface_names(ipr)
             for index, clsact_is_ours in pins.interfaces().items():
                 if index in names and names[index] not in interfaces:
                     continue
                 if index in names:
-                    self._clear(Interface(names[index], index), clsact_is_ours)
+                    self._hooks.remove(index, clsact_is_ours)
                 pins.drop_interface(index)
+            self._hooks.remove_strays(names)
 
     def claim(self) -> None:
         """See `Datapath.claim`: a lock on the folder of the pins, which goes with the process."""
@@ -268,28 +278,6 @@ class EbpfDatapath:
             self._ipr.close()
             self._ipr = None
 
-    def _attach(self, pins: Pins, nic: Interface, program: int) -> None:
-        ipr = self._netlink()
-        with ExitStack() as undo:
-            had_clsact = tc_filter.has_clsact(ipr, nic)
-            known = pins.interfaces().get(nic.index)
-            # Noted before the change: an agent killed right behind it must not leave a clsact nobody owns.
-            pins.note_interface(nic.index, known is True or not had_clsact)
-            if known is None:
-                undo.callback(pins.drop_interface, nic.index)
-            if not had_clsact:
-                tc_filter.add_clsact(ipr, nic)
-                undo.callback(tc_filter.remove_clsact_if_empty, ipr, nic)
-            tc_filter.set_filter(ipr, nic, self._owner, pins.program, program)
-            undo.pop_all()
-        if before_us := bpf.tcx_egress_programs(nic.index):
-            log.warning(
-                "%s: %d tcx programs run before ours; a packet for which one of them returns anything but TCX_NEXT "
-                "stays untouched",
-                nic.name,
-                before_us,
-            )
-
     def _detach(self) -> None:
         self._reopen()
         there = self.pin_dir.is_dir()
@@ -304,13 +292,9 @@ class EbpfDatapath:
                 os.close(claim)
 
     def _clear_all(self, noted: dict[int, bool]) -> None:
-        for index, name in tc_filter.interface_names(self._netlink()).items():
-            self._clear(Interface(name, index), noted.get(index, False))
-
-    def _clear(self, nic: Interface, clsact_is_ours: bool) -> None:
-        tc_filter.remove_filter(self._netlink(), nic.index, self._owner)
-        if clsact_is_ours:
-            tc_filter.remove_clsact_if_empty(self._netlink(), nic)
+        for index in interface_names(self._netlink()):
+            self._hooks.remove(index, noted.get(index, False))
+        self._hooks.remove_strays(())
 
     def _locked(self, directory: Path) -> int:
         """A lock on a folder of pins, held until the file descriptor returned is closed."""
@@ -325,15 +309,14 @@ class EbpfDatapath:
             ) from None
         return fd
 
-    def _filters(self) -> dict[Interface, int]:
-        """Program id behind our filter on each interface this data path was attached to, where there is one."""
+    def _scheduled(self) -> dict[Interface, tuple[Hook, int]]:
+        """How our program is on each interface that it was attached to and is still on, and the program's id."""
         if self._pins is None:
             return {}
-        ipr = self._netlink()
-        names = tc_filter.interface_names(ipr)
-        known = [Interface(names[index], index) for index in self._pins.interfaces() if index in names]
-        programs = {nic: tc_filter.our_program_id(ipr, nic.index, self._owner) for nic in known}
-        return {nic: program for nic, program in programs.items() if program is not None}
+        names = interface_names(self._netlink())
+        noted = [Interface(names[index], index) for index in self._pins.interfaces() if index in names]
+        found = {nic: self._hooks.find(nic.index) for nic in noted}
+        return {nic: there for nic, there in found.items() if there is not None}
 
     def _readable(self) -> Pins | None:
         """The pinned data path if its maps hold what this version's do."""
@@ -362,7 +345,8 @@ class EbpfDatapath:
             if settings is not None:
                 self._put(loaded.pins, settings)
             hand_over(self.pin_dir, loaded.pins.directory)
-            upgrade.turn_over(self._netlink(), self._owner, list(self._filters()), before, loaded.pins)
+            ways = {nic: way for nic, (way, _) in self._scheduled().items()}
+            upgrade.turn_over(self._netlink(), ways, before, loaded.pins)
             claim = self._locked(loaded.pins.directory) if self._claim is not None else None
             undo.pop_all()
         self._let_go()

@@ -82,6 +82,10 @@ class FakeDatapath:
         """See `Datapath.attached`."""
         return sorted(self._interfaces)
 
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+        """See `Datapath.attached_by`; by none."""
+        return dict.fromkeys(interfaces, "nothing")
+
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""
         self._interfaces.difference_update(interfaces)

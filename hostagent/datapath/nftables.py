@@ -107,6 +107,10 @@ class NftablesDatapath:
         present = {name for _, name in socket.if_nameindex()}
         return sorted(present.intersection(state.interfaces)) if state else []
 
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+        """See `Datapath.attached_by`."""
+        return dict.fromkeys(interfaces, "netfilter")
+
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""
         if (state := self._reload()) is None:

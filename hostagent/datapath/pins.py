@@ -3,6 +3,7 @@
     PIN_DIR/egress                                the program
     PIN_DIR/flows, slots, active, counters ...    its maps (ebpf/)
     PIN_DIR/became_long                           ring of flows that became long, this set's own
+    PIN_DIR/egress_<interface index>              the link that has the program on an interface (tcx_link.py)
     PIN_DIR/interfaces                            interface index -> whether we gave it its clsact
     PIN_DIR/layouts                               map name -> fingerprint of what the map holds
     PIN_DIR/identity                              fingerprint, network namespace, counters of user space

@@ -1,4 +1,4 @@
-"""Our one filter on each NIC: a BPF program on clsact's egress side, by netlink.
+"""Our one program on a NIC by clsact, on any kernel: a filter on its egress side, by netlink.
 
 There is never more than one filter of ours on a NIC: preference and handle are fixed, so setting it again replaces it
 in one step, without a packet missing it. Its name says whose it is (`owner`, from the folder of the pins) and which
@@ -8,7 +8,8 @@ never disturbed. Filters and qdiscs of others are not touched.
 
 import errno
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl import RTM_GETQDISC
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
-from fabricpilot.errors import KernelError, UsageError
-from hostagent.nics import ETHERNET_TYPES, link_named
+from fabricpilot.errors import KernelError
+from hostagent.datapath import bpf_syscall as bpf
+from hostagent.datapath.hook import Interface
+from hostagent.datapath.pins import Pins
 
 # Low, so that it runs before filters whose verdict ends the chain; odd enough that nobody else is likely to use it.
 PREFERENCE: Final = 53
@@ -28,36 +31,52 @@ _HANDLE: Final = 1
 _EGRESS: Final = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)
 _INGRESS: Final = 0xFFFFFFF2
 _CLSACT_PARENT: Final = 0xFFFFFFF1
+_ANY_OWNER: Final = "fabricpilot:"
 
 
-@dataclass(frozen=True)
-class Interface:
-    """A network interface of the current network namespace."""
+class ClsactFilter:
+    """The filters of the data path pinned in `pin_dir`.
 
-    name: str
-    index: int
-
-
-def owner_of(pin_dir: Path) -> str:
-    """How the filters of the data path pinned in `pin_dir` begin their names."""
-    return f"fabricpilot:{hashlib.sha256(str(pin_dir).encode()).hexdigest()[:8]}:"
-
-
-def find_interface(ipr: IPRoute, name: str) -> Interface:
-    """The interface of that name.
-
-    Raises:
-        UsageError: there is none, or its packets do not start with an Ethernet header.
+    Args:
+        pin_dir: decides how their names begin.
+        netlink: one long-lived rtnetlink socket, made when it is first needed.
     """
-    link = link_named(ipr, name)
-    if link["ifi_type"] not in ETHERNET_TYPES:
-        raise UsageError(f"interface '{name}' is no Ethernet interface; give the Ethernet NIC that carries its packets")
-    return Interface(name, link["index"])
 
+    name = "clsact"
 
-def interface_names(ipr: IPRoute) -> dict[int, str]:
-    """Names of all interfaces of the current network namespace by index."""
-    return {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
+    def __init__(self, pin_dir: Path, netlink: Callable[[], IPRoute]) -> None:
+        self._owner = f"{_ANY_OWNER}{hashlib.sha256(str(pin_dir).encode()).hexdigest()[:8]}:"
+        self._netlink = netlink
+
+    def program_id(self, index: int) -> int | None:
+        """See `Hook.program_id`."""
+        name = _filter_name(self._netlink(), index)
+        if name is None or not name.startswith(self._owner):
+            return None
+        return int(name.removeprefix(self._owner))
+
+    def put(self, nic: Interface, pins: Pins) -> None:
+        """See `Hook.put`; adds clsact where there is none, and notes whose it is."""
+        ipr = self._netlink()
+        with ExitStack() as undo:
+            if not has_clsact(ipr, nic):
+                # Noted before the change: an agent killed right behind it must not leave a clsact nobody owns.
+                pins.note_interface(nic.index, True)
+                add_clsact(ipr, nic)
+                undo.callback(remove_clsact_if_empty, ipr, nic.index)
+            set_filter(ipr, nic, self._owner, pins.program, bpf.prog_id(pins.program))
+            undo.pop_all()
+
+    def remove(self, index: int) -> None:
+        """See `Hook.remove`."""
+        if self.program_id(index) is not None:
+            remove_filter(self._netlink(), index)
+
+    def rival(self, index: int) -> str:
+        """See `Hook.rival`."""
+        name = _filter_name(self._netlink(), index) or ""
+        theirs = name.startswith(_ANY_OWNER) and not name.startswith(self._owner)
+        return f"the filter {name} on clsact" if theirs else ""
 
 
 def has_clsact(ipr: IPRoute, interface: Interface) -> bool:
@@ -99,25 +118,19 @@ def add_clsact(ipr: IPRoute, interface: Interface) -> None:
         raise KernelError(f"cannot add clsact to {interface.name}: {error.args[1]}") from error
 
 
-def remove_clsact_if_empty(ipr: IPRoute, interface: Interface) -> bool:
-    """Remove clsact unless somebody has filters there; returns whether it was removed."""
-    if any(ipr.get_filters(index=interface.index, parent=side) for side in (_EGRESS, _INGRESS)):
-        return False
+def remove_clsact_if_empty(ipr: IPRoute, index: int) -> None:
+    """Remove an interface's clsact unless somebody has filters there.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
+    if any(ipr.get_filters(index=index, parent=side) for side in (_EGRESS, _INGRESS)):
+        return
     try:
-        ipr.tc("del", "clsact", interface.index)
+        ipr.tc("del", "clsact", index)
     except NetlinkError as error:
         if error.code not in _GONE:
-            raise KernelError(f"cannot remove clsact from {interface.name}: {error.args[1]}") from error
-        return False
-    return True
-
-
-def our_program_id(ipr: IPRoute, index: int, owner: str) -> int | None:
-    """Id of the program behind our filter on the interface with that index; None if we have no filter there."""
-    name = _filter_name(ipr, index)
-    if name is None or not name.startswith(owner):
-        return None
-    return int(name.removeprefix(owner))
+            raise KernelError(f"cannot remove clsact from interface {index}: {error.args[1]}") from error
 
 
 def _filter_name(ipr: IPRoute, index: int) -> str | None:
@@ -164,17 +177,17 @@ def set_filter(ipr: IPRoute, interface: Interface, owner: str, program_fd: int, 
         raise KernelError(f"cannot attach the program to {interface.name}: {error.args[1]}") from error
 
 
-def remove_filter(ipr: IPRoute, index: int, owner: str) -> bool:
-    """Remove our filter; returns whether there was one."""
-    if our_program_id(ipr, index, owner) is None:
-        return False
+def remove_filter(ipr: IPRoute, index: int) -> None:
+    """Remove the filter that has our preference and handle.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
     try:
         ipr.tc("del-filter", "bpf", index, _HANDLE, parent=_EGRESS, prio=PREFERENCE)
     except NetlinkError as error:
-        if error.code in _GONE:
-            return False
-        raise KernelError(f"cannot remove the filter of interface {index}: {error.args[1]}") from error
-    return True
+        if error.code not in _GONE:
+            raise KernelError(f"cannot remove the filter of interface {index}: {error.args[1]}") from error
 
 
 _GONE: Final = (errno.ENOENT, errno.ENODEV, errno.EINVAL)  # EINVAL: no clsact there

@@ -3,10 +3,11 @@
     load_beside   program and maps into PIN_DIR-new; every map of the old set whose layout agrees is taken over, so that
                   flows, counters, settings and rules go on (pins.py says which maps belong together)
     hand_over     the programs on cgroups (hints, send buffers) to the new ones, in one step each (cgroup_links.py)
-    turn_over     each NIC's filter to the new program, in one step each: no packet in between meets none or both
+    turn_over     each NIC to the new program, the way it has it (hooks.py), in one step each: no packet in between
+                  meets none or both
     take_place    PIN_DIR-new becomes PIN_DIR
 
-While filters are turned over, old and new program work on the same maps. An agent killed at any point leaves one whole
+While NICs are turned over, old and new program work on the same maps. An agent killed at any point leaves one whole
 set, and the next one starts from there. What cannot be kept begins afresh, and is counted.
 """
 
@@ -19,12 +20,10 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 from fabricpilot.errors import KernelError
-from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
-from hostagent.datapath import tc_filter
 from hostagent.datapath.ebpf_loader import load
+from hostagent.datapath.hook import Hook, Interface, interface_names
 from hostagent.datapath.pins import Pins
-from hostagent.datapath.tc_filter import Interface
 
 log = logging.getLogger(__name__)
 
@@ -77,24 +76,22 @@ def load_beside(
     return Loaded(pins, message, "flows" not in kept)
 
 
-def turn_over(ipr: IPRoute, owner: str, nics: list[Interface], before: Pins | None, after: Pins) -> None:
-    """Make the new program the filter of every NIC that had the old one.
+def turn_over(ipr: IPRoute, ways: Mapping[Interface, Hook], before: Pins | None, after: Pins) -> None:
+    """Put the new program on every NIC that had the old one.
 
     Raises:
         KernelError: the kernel refused on a NIC that is still there; all have the old program again.
     """
-    program = bpf.prog_id(after.program)
     with ExitStack() as undo:
-        for nic in nics:
+        for nic, way in ways.items():
             try:
-                tc_filter.set_filter(ipr, nic, owner, after.program, program)
+                way.put(nic, after)
             except KernelError:
-                if nic.index not in tc_filter.interface_names(ipr):
+                if nic.index not in interface_names(ipr):
                     continue
                 raise
             if before is not None:
-                old = bpf.prog_id(before.program)
-                undo.callback(tc_filter.set_filter, ipr, nic, owner, before.program, old)
+                undo.callback(way.put, nic, before)
         undo.pop_all()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from agent_kit import FABRICPILOT, AgentHost, end, wait_for
-from datapath_kit import bpf_file_system, run
+from datapath_kit import bpf_file_system, in_netns, our_programs, run
 from datapath_wire import Capture, captured, dscp_at, first_time
 from pyroute2 import IPRoute, netns
 
@@ -42,10 +42,10 @@ class Host(AgentHost):
                 ipr.link("set", index=ipr.link_lookup(ifname="lo")[0], state="up")
 
     def state(self):
-        """What tc and links look like, without counters."""
-        return [run("tc", kind, "show", "dev", "nic", netns=self.name) for kind in ("qdisc", "class")] + [
-            run("tc", "filter", "show", "dev", "nic", "egress", netns=self.name)
-        ]
+        """What is on the NIC, without counters."""
+        with in_netns(self.name):
+            programs = str(our_programs("nic"))
+        return [programs, *(run("tc", kind, "show", "dev", "nic", netns=self.name) for kind in ("qdisc", "class"))]
 
     def socket(self, namespace, *kind):
         netns.pushns(namespace)

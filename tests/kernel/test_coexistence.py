@@ -1,5 +1,6 @@
 """Others' programs on the same NIC run as before, and ours runs beside them: clsact filters before and behind, tcx."""
 
+import errno
 import logging
 import os
 import socket
@@ -7,7 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from datapath_kit import bpf_file_system, in_netns, run
+from datapath_kit import bpf_file_system, in_netns, our_programs, run
 
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
@@ -15,7 +16,7 @@ from hostagent.datapath.base import Settings
 from hostagent.datapath.ebpf import EbpfDatapath
 
 SETTINGS = Settings(Thresholds((1000, 5000, 20000)), (32, 24, 16, 8), (11, 12, 13, 14))
-BPF_TCX_EGRESS = 47
+LAST = 0  # of flags of BPF_LINK_CREATE
 TCX_NEXT, TCX_PASS = -1, 0
 COUNT = 20
 
@@ -56,14 +57,14 @@ class Counter:
 
 
 @pytest.fixture
-def host(make_netns, tmp_path):
+def host(make_netns, tmp_path, hook, loaded_once):
     with bpf_file_system(tmp_path / "bpf") as root, in_netns(make_netns("host")):
         run("ip", "link", "add", "nic0", "type", "veth", "peer", "name", "nic1")
         run("ip", "addr", "add", "10.9.1.1/24", "dev", "nic0")
         for nic in ("nic0", "nic1"):
             run("ip", "link", "set", nic, "up")
         run("ip", "neigh", "add", "10.9.1.2", "lladdr", "02:00:00:00:00:02", "dev", "nic0")
-        datapath = EbpfDatapath(root / "fabricpilot", 4096)
+        datapath = EbpfDatapath(root / "fabricpilot", 4096, hook)
         yield datapath
         datapath.detach()
         datapath.close()
@@ -105,7 +106,7 @@ def egress() -> str:
     return run("tc", "filter", "show", "dev", "nic0", "egress")
 
 
-def test_clsact_filters_before_and_behind_ours(host, counter):
+def test_clsact_filters_before_and_behind_ours(host, counter, hook):
     first, last = counter(-1), counter(-1)
     run("tc", "qdisc", "add", "dev", "nic0", "clsact")
     for preference, theirs in ((1, first), (1000, last)):
@@ -131,7 +132,7 @@ def test_clsact_filters_before_and_behind_ours(host, counter):
     host.apply(SETTINGS)
     assert traffic_classes() == {32 << 2}
     assert min(first.seen, last.seen) >= COUNT
-    assert egress().count("fabricpilot:") == 1
+    assert [way for way, _ in our_programs("nic0")] == [hook]
     host.detach()
     assert egress() == before
     seen = last.seen
@@ -139,30 +140,61 @@ def test_clsact_filters_before_and_behind_ours(host, counter):
     assert last.seen >= seen + COUNT
 
 
-@pytest.mark.parametrize(("verdict", "tagged"), [(TCX_NEXT, True), (TCX_PASS, False)], ids=["next", "pass"])
-def test_a_tcx_program(host, counter, caplog, verdict, tagged):
-    """tcx runs before clsact. One that passes the packet on is no obstacle; one that ends the chain is told of."""
-    theirs = counter(verdict)
-    index = socket.if_nametoindex("nic0")
-    try:
-        link = bpf.link_create(theirs.program, index, BPF_TCX_EGRESS)
-    except OSError as error:
-        if error.errno != 22:
-            raise
-        pytest.skip("this kernel lacks tcx (CONFIG_NET_XGRESS, Linux 6.6)")
-    try:
-        assert bpf.tcx_egress_programs(index) == 1
-        with caplog.at_level(logging.WARNING):
-            host.attach("nic0")
-        assert "nic0: 1 tcx programs run before ours" in caplog.text
-        host.apply(SETTINGS)
-        assert traffic_classes() == ({32 << 2} if tagged else {0})
-        assert theirs.seen >= COUNT
-        host.detach()
-        assert bpf.tcx_egress_programs(index) == 1
-        seen = theirs.seen
-        assert traffic_classes() == {0}
-        assert theirs.seen >= seen + COUNT
-    finally:
+@pytest.fixture
+def theirs(counter):
+    """Puts somebody's program on nic0 by tcx, and takes it away when the test ends."""
+    links = []
+
+    def put(verdict: int, flags: int) -> Counter:
+        made = counter(verdict)
+        try:
+            links.append(bpf.link_create(made.program, index(), bpf.TCX_EGRESS, flags))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            pytest.skip("this kernel lacks tcx (CONFIG_NET_XGRESS, Linux 6.6)")
+        return made
+
+    yield put
+    for link in links:
         os.close(link)
-    assert bpf.tcx_egress_programs(index) == 0
+
+
+def index() -> int:
+    return socket.if_nametoindex("nic0")
+
+
+@pytest.mark.parametrize("verdict", [TCX_NEXT, TCX_PASS], ids=["next", "pass"])
+def test_a_tcx_program_that_was_there_before(host, theirs, caplog, verdict, hook):
+    """By tcx ours goes in front of it; on clsact it never sees what that one lets pass, which is told of."""
+    program = theirs(verdict, LAST)
+    with caplog.at_level(logging.WARNING):
+        host.attach("nic0")
+    host.apply(SETTINGS)
+    behind = "nic0: 1 tcx programs run before ours" in caplog.text
+    assert behind == (hook == "clsact")
+    assert host.attached_by(["nic0"]) == {"nic0": "clsact behind 1 tcx programs" if behind else "tcx"}
+    assert traffic_classes() == ({0} if behind and verdict == TCX_PASS else {32 << 2})
+    assert program.seen >= COUNT
+    host.detach()
+    assert len(bpf.tcx_egress(index())) == 1
+    seen = program.seen
+    assert traffic_classes() == {0}
+    assert program.seen >= seen + COUNT
+
+
+@pytest.mark.parametrize("hook", ["tcx"], indirect=True)
+def test_a_tcx_program_that_puts_itself_before_ours_is_told_of(host, theirs, caplog):
+    """That is its right. The next look at the interface says so, once."""
+    host.attach("nic0")
+    host.apply(SETTINGS)
+    program = theirs(TCX_PASS, bpf.FIRST)
+    assert traffic_classes() == {0}
+    assert program.seen >= COUNT
+    for _ in range(3):
+        assert not host.attach("nic0")
+    assert caplog.text.count("nic0: 1 tcx programs run before ours") == 1
+    assert host.attached_by(["nic0"]) == {"nic0": "tcx behind 1 tcx programs"}
+    theirs(TCX_NEXT, bpf.FIRST)
+    host.attach("nic0")
+    assert caplog.text.count("nic0: 2 tcx programs run before ours") == 1

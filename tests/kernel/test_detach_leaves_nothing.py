@@ -5,21 +5,23 @@ pin, a map entry, a folder or file, a filter, a qdisc, a temporary interface, an
 n = 1, 2, ... until it gets through. With both data paths of the kernel.
 """
 
+import dataclasses
 import json
 import os
 import signal
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from datapath_kit import bpf_file_system, bpf_objects, in_netns, run, start_agent, wait_until_freed
+from datapath_kit import bpf_file_system, bpf_objects, in_netns, our_programs, run, start_agent, wait_until_freed
+from msgspec.structs import replace
 from pyroute2 import IPRoute
 
-from fabricpilot.config import AgentConfig, load
+from fabricpilot.config import AgentConfig, DatapathSection, load
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath import ebpf_loader, nft_library, nftables, open_datapath, tc_filter, upgrade
+from hostagent.datapath import nft_library, nftables, open_datapath, tc_filter
+from hostagent.datapath.tcx_link import has_tcx
 from hostagent.lifecycle import bring_up, take_down
 from hostagent.qdisc import rtnetlink, snapshot, support
 
@@ -31,7 +33,7 @@ OTHER = Thresholds((111, 222, 333))
 class Host:
     """A namespace, entered, whose NIC somebody has given a shaper, and another NIC a clsact."""
 
-    def __init__(self, backend: str, queues: str, directory: Path, pins: Path, loaded: set[tuple[str, int]]):
+    def __init__(self, backend: str, hook: str, queues: str, directory: Path, pins: Path, loaded: set[tuple[str, int]]):
         self.pins = pins
         self.loaded = loaded  # what this process keeps in the kernel
         self.run_dir = directory / "run"
@@ -42,6 +44,7 @@ class Host:
                 "host.interfaces": ["nic0", "nic1"],
                 "host.run_dir": str(self.run_dir),
                 "datapath.backend": backend,
+                "datapath.hook": hook,
                 "datapath.pin_dir": str(pins / "fabricpilot"),
                 "datapath.flow_entries": FLOW_ENTRIES,
                 "queues.kind": queues,
@@ -63,7 +66,7 @@ class Host:
         shown = [f"{link['ifname']} {link['flags']} {link.get('qdisc')} {link['mtu']}" for link in links]
         for link in links:
             name = link["ifname"]
-            shown += [run("tc", "class", "show", "dev", name)]
+            shown += [run("tc", "class", "show", "dev", name), str(bpf.tcx_egress(link["ifindex"]))]
             shown += [run("tc", "filter", "show", "dev", name, *where) for where in ((), ("egress",), ("ingress",))]
         shown += sorted(run("tc", "qdisc", "show").replace("refcnt 3", "refcnt 2").splitlines())
         shown += sorted(str(path) for path in self.pins.rglob("*"))
@@ -86,9 +89,13 @@ class Host:
         mounts = [line for line in mounts if " - bpf " in line and line.split()[4].startswith(ours)]
         return [run("nft", "list", "ruleset"), *settings, *mounts]
 
-    def attach(self) -> None:
+    def upgrade(self) -> None:
+        """An agent that needs another program."""
+        self.attach(replace(self.config.datapath, flow_entries=2 * FLOW_ENTRIES))
+
+    def attach(self, datapath: DatapathSection | None = None) -> None:
         with IPRoute() as ipr:
-            scheduled = bring_up(self.config, ipr)
+            scheduled = bring_up(replace(self.config, datapath=datapath or self.config.datapath), ipr)
             scheduled.roster.watch.close()
             if scheduled.flow_control is not None:
                 scheduled.flow_control.close()
@@ -97,7 +104,7 @@ class Host:
     def apply(self) -> None:
         """Other thresholds, as central sends them."""
         datapath = open_datapath(self.config.datapath)
-        datapath.apply(replace(datapath.settings(), thresholds=OTHER))
+        datapath.apply(dataclasses.replace(datapath.settings(), thresholds=OTHER))
         datapath.close()
 
     def thresholds(self) -> Thresholds:
@@ -117,42 +124,21 @@ class Host:
         for nic in ("nic0", "nic1"):
             if self.config.queues.kind != "none":
                 assert " fab: root" in run("tc", "qdisc", "show", "dev", nic)
-            if self.config.datapath.backend != "ebpf":
-                continue
-            filters = json.loads(run("tc", "-j", "filter", "show", "dev", nic, "egress"))
-            assert [str(f["options"]["bpf_name"])[:11] for f in filters if "options" in f] == ["fabricpilot"]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """A loaded program and its maps, to be pinned again and again without compiling."""
-    with bpf_file_system(tmp_path_factory.mktemp("loaded")) as root:
-        directory = root / "once"
-        directory.mkdir()
-        ebpf_loader.load(directory, FLOW_ENTRIES)
-        pinned = {name: bpf.obj_get(directory / name) for name in (ebpf_loader.PROGRAM_PIN, *ebpf_loader.MAPS)}
-        yield pinned, bpf_objects(directory)
-        for fd in pinned.values():
-            os.close(fd)
+            if self.config.datapath.backend == "ebpf":
+                assert [way for way, _ in our_programs(nic)] == [self.config.datapath.hook]
 
 
 @pytest.fixture
-def host(request, make_netns, tmp_path, program, monkeypatch):
-    def load_again(new, flow_entries, old_dir=None, agreeing=()):
-        for name, fd in program[0].items():
-            bpf.obj_pin(fd, new / name)
-        return {"ok": True, "instructions": 0, "seconds": 0, "kept": [], "blind": ""}
-
-    monkeypatch.setattr(upgrade, "load", load_again)
+def host(request, make_netns, tmp_path, loaded_once):
     with bpf_file_system(tmp_path / "bpf") as pins, in_netns(make_netns("host")):
-        made = Host(*request.param, tmp_path, pins, program[1])
+        made = Host(*request.param, tmp_path, pins, loaded_once)
         yield made
         made.detach()
 
 
 CHANGES = (
     *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "rmdir")),
-    *((bpf, name) for name in ("obj_pin", "update", "delete")),
+    *((bpf, name) for name in ("obj_pin", "update", "delete", "link_create", "link_update", "link_detach")),
     *((tc_filter, name) for name in ("add_clsact", "set_filter", "remove_filter", "remove_clsact_if_empty")),
     (rtnetlink, "_send"),
     (nft_library.Nft, "run"),
@@ -193,21 +179,41 @@ def killed_at(step: int, act) -> bool:
     return False
 
 
+BY_TCX, BY_CLSACT, NFTABLES = ("ebpf", "tcx", "none"), ("ebpf", "clsact", "none"), ("nftables", "auto", "none")
+
+
+def cases(hosts: dict[str, tuple[str, str, str]], *acts: str) -> list:
+    return [pytest.param(host, act, id=f"{name}-{act}") for name, host in hosts.items() for act in acts]
+
+
+# What it does to queues is always the same, so one way is tried with them; the others have a turn with -m slow.
 @pytest.mark.parametrize("then", ["detach", pytest.param("run, detach", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", ["attach", "apply", "detach"])
 @pytest.mark.parametrize(
-    "host",
+    ("host", "what"),
     [
-        pytest.param(("ebpf", "auto"), id="ebpf"),
-        pytest.param(("nftables", "none"), id="nftables"),  # what it does to queues is the same as with eBPF
-        pytest.param(("nftables", "auto"), id="nftables and queues", marks=pytest.mark.slow),
+        *cases({"tcx and queues": ("ebpf", "tcx", "auto")}, "attach", "detach"),
+        *cases({"tcx": BY_TCX}, "upgrade", "apply"),
+        *cases({"clsact": BY_CLSACT}, "attach", "upgrade", "detach"),
+        *cases({"nftables": NFTABLES}, "attach", "apply", "detach"),
+        *(
+            pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+            for case in cases(
+                {"clsact and queues": ("ebpf", "clsact", "auto"), "nftables and queues": ("nftables", "auto", "auto")},
+                "attach",
+                "detach",
+            )
+        ),
     ],
-    indirect=True,
+    indirect=["host"],
 )
 def test_killed_at_every_step(host, what, then):
+    if host.config.datapath.hook == "tcx" and not has_tcx():
+        pytest.skip("this kernel lacks tcx (CONFIG_NET_XGRESS, Linux 6.6)")
     before, surroundings = host.state(), host.surroundings()
     objects = set()
-    for step in range(1, MOST_STEPS):
+    # Upgrades are mostly pins of maps, one like the other.
+    stride = 4 if (what, then) == ("upgrade", "detach") else 1
+    for step in range(1, MOST_STEPS, stride):
         if what != "attach":
             host.attach()
         if what == "apply":
@@ -215,6 +221,8 @@ def test_killed_at_every_step(host, what, then):
         killed = killed_at(step, getattr(host, what))
         if what == "apply":
             assert host.thresholds() in whole
+        if what == "upgrade":
+            host.assert_scheduled()  # all along, and never twice
         objects |= bpf_objects(host.pins / "fabricpilot", host.pins / "fabricpilot-new")
         if then != "detach":
             host.attach()
@@ -224,7 +232,7 @@ def test_killed_at_every_step(host, what, then):
         if not killed:
             break
     print(f"{step - 1} changes")
-    assert (1 if what == "apply" else 3) <= step - 1 < MOST_STEPS - 2
+    assert (1 if what == "apply" else 3) <= step - 1 < MOST_STEPS - 1 - stride
     assert host.surroundings() == surroundings
     wait_until_freed(objects - host.loaded)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from agent_kit import AgentHost, end, wait_for
-from datapath_kit import bpf_file_system, in_netns, run
+from datapath_kit import bpf_file_system, in_netns, our_programs, run, take_off
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, load
@@ -19,8 +19,8 @@ from hostagent.nics import LinkWatch
 class Host:
     """An agent's data path in a namespace, entered; its roster is driven by hand."""
 
-    def __init__(self, directory: Path, pins: Path):
-        self.run_dir, self.pins = directory / "run", pins
+    def __init__(self, directory: Path, pins: Path, hook: str):
+        self.run_dir, self.pins, self.hook = directory / "run", pins, hook
         self.ipr = IPRoute()
         self.scheduled = None
 
@@ -30,6 +30,7 @@ class Host:
             "host.run_dir": str(self.run_dir),
             "datapath.pin_dir": str(self.pins / "fabricpilot"),
             "datapath.flow_entries": 4096,
+            "datapath.hook": self.hook,
             "queues.link_rate": "100Mbit",
             **{name.replace("__", "."): value for name, value in settings.items()},
         }
@@ -67,9 +68,15 @@ class Host:
 
 
 @pytest.fixture
-def host(make_netns, tmp_path):
+def hook():
+    """Of the tests that do not say otherwise."""
+    return "auto"
+
+
+@pytest.fixture
+def host(make_netns, tmp_path, hook, loaded_once):
     with bpf_file_system(tmp_path / "bpf") as pins, in_netns(make_netns("host")):
-        made = Host(tmp_path, pins)
+        made = Host(tmp_path, pins, hook)
         yield made
         made.close()
 
@@ -78,8 +85,11 @@ def add(name: str, peer: str) -> None:
     run("ip", "link", "add", name, "type", "veth", "peer", "name", peer)
 
 
-def filters(name: str) -> int:
-    return run("tc", "filter", "show", "dev", name, "egress").count("fabricpilot:")
+BY_BOTH = pytest.mark.parametrize("hook", ["auto", "clsact"])
+
+
+def programs(name: str) -> int:
+    return len(our_programs(name))
 
 
 def has_queues(name: str) -> bool:
@@ -96,7 +106,7 @@ def test_a_missing_interface_is_an_error_unless_it_is_waited_for(host):
     add("nic0", "nic1")
     host.follow()
     assert host.roster.names == ["nic0"]
-    assert (filters("nic0"), has_queues("nic0")) == (1, True)
+    assert (programs("nic0"), has_queues("nic0")) == (1, True)
     assert host.roster.priority == host.scheduled.queues["nic0"].priority
     assert host.roster.link_rate_bps == 100_000_000
     assert host.roster.status()["waiting_for"] == []
@@ -116,9 +126,10 @@ def test_one_that_goes_is_forgotten_and_a_new_one_of_its_name_is_new(host, caplo
     [again] = host.noted()
     assert again != index
     assert host.records() != [record]
-    assert (filters("nic0"), has_queues("nic0")) == (1, True)
+    assert (programs("nic0"), has_queues("nic0")) == (1, True)
 
 
+@BY_BOTH
 def test_gone_and_back_between_two_looks(host):
     """Also when the new one gets the old one's index, so that only the event tells them apart."""
     add("nic0", "nic1")
@@ -126,38 +137,39 @@ def test_gone_and_back_between_two_looks(host):
     [index] = host.noted()
     run("ip", "link", "del", "nic0")
     run("ip", "link", "add", "nic0", "index", str(index), "type", "veth", "peer", "name", "nic1")
-    assert filters("nic0") == 0
+    assert programs("nic0") == 0
     host.follow()
-    assert (filters("nic0"), has_queues("nic0"), list(host.noted())) == (1, True, [index])
+    assert (programs("nic0"), has_queues("nic0"), list(host.noted())) == (1, True, [index])
 
 
 def test_down_and_up_keep_everything(host):
     add("nic0", "nic1")
     host.start("nic0")
-    before = run("tc", "qdisc", "show"), run("tc", "filter", "show", "dev", "nic0", "egress")
+    before = our_programs("nic0")
     for state, down in (("up", []), ("down", ["nic0"]), ("up", [])):
         run("ip", "link", "set", "nic0", state)
         host.follow()
         assert host.roster.status()["down"] == down
-        assert (filters("nic0"), has_queues("nic0")) == (1, True)
-    assert run("tc", "filter", "show", "dev", "nic0", "egress") == before[1]
+        assert (programs("nic0"), has_queues("nic0")) == (1, True)
+    assert our_programs("nic0") == before
 
 
+@BY_BOTH
 def test_a_renamed_one_stays_or_is_let_go_as_its_new_name_says(host):
     add("nic0", "other")
     run("tc", "qdisc", "replace", "dev", "nic0", "root", "handle", "7:", "bfifo", "limit", "123456")
     host.start("nic*", queues__replace_foreign=True)
     assert host.roster.names == ["nic0"]
-    before = run("tc", "filter", "show", "dev", "nic0", "egress")
+    before = our_programs("nic0")
     run("ip", "link", "set", "nic0", "name", "nic9")
     host.follow()
     assert host.roster.names == ["nic9"]
-    assert run("tc", "filter", "show", "dev", "nic9", "egress") == before
+    assert our_programs("nic9") == before
     assert list(host.scheduled.queues) == ["nic9"]
     run("ip", "link", "set", "nic9", "name", "unwanted")
     host.follow()
     assert (host.roster.names, host.noted(), host.records()) == ([], {}, [])
-    assert filters("unwanted") == 0
+    assert programs("unwanted") == 0
     assert "clsact" not in run("tc", "qdisc", "show", "dev", "unwanted")
     assert "bfifo 7:" in run("tc", "qdisc", "show", "dev", "unwanted")
     run("ip", "link", "set", "unwanted", "name", "nic0")
@@ -173,16 +185,17 @@ def test_patterns_take_what_can_be_scheduled_and_tag_only_keeps_queues(host):
     host.start("*")
     assert host.roster.names == ["nic0", "peer0", "peer1", "tap1", "veth1"]  # and not lo
     assert [name for name in host.roster.names if has_queues(name)] == ["nic0", "peer0", "peer1"]
-    assert all(filters(name) == 1 for name in host.roster.names)
+    assert all(programs(name) == 1 for name in host.roster.names)
     assert host.roster.status()["tag_only"] == 2
     host.stop()
     host.start("veth1")  # named in full: queues; and nothing else is configured any more
     assert host.roster.names == ["veth1"]
     assert has_queues("veth1")
     for name in ("nic0", "peer0", "peer1", "tap1"):
-        assert (filters(name), has_queues(name)) == (0, False)
+        assert (programs(name), has_queues(name)) == (0, False)
 
 
+@pytest.mark.parametrize("hook", ["clsact"])
 def test_one_that_cannot_be_scheduled_is_told_once_and_tried_again(host, caplog, monkeypatch):
     host.start("nic*")
     add("nic0", "other")
@@ -204,15 +217,16 @@ def test_one_that_cannot_be_scheduled_is_told_once_and_tried_again(host, caplog,
     assert host.roster.status()["refused"] == {}
 
 
-def test_a_filter_that_somebody_took_away_comes_back(host):
+@BY_BOTH
+def test_a_program_that_somebody_took_away_comes_back(host):
     for number in range(3):
         add(f"nic{number}", f"other{number}")
     host.start("nic*")
-    run("tc", "qdisc", "del", "dev", "nic1", "clsact")
-    assert filters("nic1") == 0
+    take_off("nic1")
+    assert programs("nic1") == 0
     for _ in range(3):
         host.roster.look_after_one()
-    assert filters("nic1") == 1
+    assert programs("nic1") == 1
 
 
 def test_lost_events_are_made_up_for(host):
@@ -226,13 +240,13 @@ def test_lost_events_are_made_up_for(host):
     run("ip", "link", "del", "nic1")
     add("nic1", "other1")
     add("nic7", "other7")
-    run("tc", "qdisc", "del", "dev", "nic0", "clsact")
+    take_off("nic0")
     assert host.roster.watch.links[1].name == "lo"
     host.follow()
     for _ in range(8):
         host.roster.look_after_one()
     assert host.roster.names == ["nic0", "nic1", "nic2", "nic3", "nic7"]
-    assert [filters(name) for name in host.roster.names] == [1] * 5
+    assert [programs(name) for name in host.roster.names] == [1] * 5
 
 
 def test_the_watch_overflows_and_says_so(host):
@@ -262,7 +276,7 @@ def test_a_bridge_and_its_port(host):
     run("ip", "link", "set", "nic0", "nomaster")
     host.follow()
     assert host.roster.names == ["nic0"]
-    assert filters("nic0") == 1
+    assert programs("nic0") == 1
 
 
 def many(number: int, verb: str) -> None:
@@ -325,7 +339,7 @@ def test_the_running_agent_follows(running, tmp_path):
         assert second.returncode == 2, second.stderr
         assert len(second.stderr.splitlines()) == 1, second.stderr
         assert "at work" in second.stderr or "runs already" in second.stderr
-    assert filters("nic0") == 1
+    assert programs("nic0") == 1
     run("ip", "link", "del", "nic0")
     wait_until_scheduled("tap0")
     assert end(agent) == 0

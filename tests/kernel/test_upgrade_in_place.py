@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datapath_kit import bpf_file_system, bpf_objects, build_frame, flow_key, in_netns, run, start_agent
+from datapath_kit import bpf_file_system, bpf_objects, build_frame, flow_key, in_netns, our_programs, run, start_agent
 from pyroute2 import IPRoute
 
 from fabricpilot.errors import KernelError
 from fabricpilot.levels import Thresholds
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath import ebpf, layout, source, upgrade
+from hostagent.datapath import ebpf, layout, source, tc_filter, tcx_link, upgrade
 from hostagent.datapath.base import Settings, SocketRule
 from hostagent.datapath.cgroup_links import cgroup_mount
 from hostagent.datapath.ebpf import EbpfDatapath
@@ -34,8 +34,17 @@ FLOWS = ("flow.h", "struct flow_state {", "struct flow_state {\n\t__u64 another;
 SLOTS = ("level.h", "\n};\n\n/* Key: slot", "\n\t__u64 another;\n};\n\n/* Key: slot")
 
 
+BY_BOTH = pytest.mark.parametrize("hook", ["auto", "clsact"])
+
+
 @pytest.fixture
-def host(make_netns, tmp_path):
+def hook():
+    """How the first version attaches, in the tests that do not say otherwise; the next ones are left the choice."""
+    return "auto"
+
+
+@pytest.fixture
+def host(make_netns, tmp_path, hook):
     """Where pins go, in a namespace with nic0 -- nic1, nic0 scheduled by this version, and the way to the next."""
     name = make_netns("host")
     with bpf_file_system(tmp_path / "bpf") as root, in_netns(name):
@@ -44,15 +53,15 @@ def host(make_netns, tmp_path):
         for nic in ("nic0", "nic1"):
             run("ip", "link", "set", nic, "up")
         run("ip", "neigh", "add", "10.9.1.2", "lladdr", "02:00:00:00:00:02", "dev", "nic0")
-        made = Host(root / "fabricpilot", tmp_path)
+        made = Host(root / "fabricpilot", tmp_path, hook)
         yield made
         made.close()
 
 
 class Host:
-    def __init__(self, pin_dir: Path, directory: Path):
+    def __init__(self, pin_dir: Path, directory: Path, hook: str):
         self.pin_dir, self.directory = pin_dir, directory
-        self.first = EbpfDatapath(pin_dir, 4096)
+        self.first = EbpfDatapath(pin_dir, 4096, hook)
         self.first.attach("nic0")
         self.first.apply(SETTINGS)
 
@@ -127,21 +136,19 @@ class Packets(threading.Thread):
         return seen
 
 
-def filters() -> int:
-    return run("tc", "filter", "show", "dev", "nic0", "egress").count("fabricpilot:")
-
-
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "kept", "hook"),
     [
-        ((CODE,), {"flows", "counters", "settings"}),
-        ((COUNTERS,), {"flows", "settings"}),
-        ((FLOWS,), {"settings"}),
-        ((SLOTS,), {"flows", "counters"}),
+        ((CODE,), {"flows", "counters", "settings"}, "auto"),
+        ((CODE,), {"flows", "counters", "settings"}, "clsact"),
+        ((COUNTERS,), {"flows", "settings"}, "auto"),
+        ((FLOWS,), {"settings"}, "auto"),
+        ((SLOTS,), {"flows", "counters"}, "auto"),
     ],
-    ids=["code", "counters", "flows", "settings"],
+    ids=["code", "code by clsact", "counters", "flows", "settings"],
 )
 def test_another_version_takes_over_under_traffic(host, monkeypatch, changes, kept):
+    [(way, program)] = our_programs("nic0")
     packets = Packets()
     packets.start()
     while not packets.sent:
@@ -160,7 +167,8 @@ def test_another_version_takes_over_under_traffic(host, monkeypatch, changes, ke
     second.apply(SETTINGS)
     second.attach("nic0")
     assert second.attached() == ["nic0"]
-    assert filters() == 1
+    [(way_now, program_now)] = our_programs("nic0")
+    assert (way_now, program_now == program) == (way, False)
     time.sleep(0.2)
     seen = packets.stop()
     assert len(seen) >= packets.sent
@@ -193,12 +201,12 @@ def test_new_settings_are_in_force_from_the_new_programs_first_packet_on(host, m
     monkeypatch.setattr("hostagent.datapath.ebpf._READ", {})
     turned = upgrade.turn_over
 
-    def watched(ipr, owner, nics, before, after):
+    def watched(ipr, ways, before, after):
         active, slot = np.zeros(1, np.uint32), np.zeros(bpf.map_sizes(after.maps["slots"])[1], np.uint8)
         bpf.lookup(after.maps["active"], np.zeros(1, np.uint32), active)
         bpf.lookup(after.maps["slots"], active, slot)
-        seen.append((filters(), bool(slot.any())))
-        turned(ipr, owner, nics, before, after)
+        seen.append((len(our_programs("nic0")), bool(slot.any())))
+        turned(ipr, ways, before, after)
 
     monkeypatch.setattr(upgrade, "turn_over", watched)
     second = EbpfDatapath(host.pin_dir, 4096)
@@ -268,27 +276,29 @@ def attached_to(cgroup: Path) -> list[int]:
     return [entry["id"] for entry in json.loads(run("bpftool", "-j", "cgroup", "show", str(cgroup)).strip() or "[]")]
 
 
-def test_a_nic_that_cannot_be_turned_over_leaves_all_with_the_old_program(host, monkeypatch):
+@BY_BOTH
+def test_a_nic_that_cannot_be_turned_over_leaves_all_with_the_old_program(host, monkeypatch, hook):
     run("ip", "link", "add", "nic2", "type", "veth", "peer", "name", "nic3")
     host.first.attach("nic2")
-    before = run("tc", "filter", "show", "dev", "nic0", "egress"), run("tc", "filter", "show", "dev", "nic2", "egress")
+    before = our_programs("nic0"), our_programs("nic2")
     host.change(monkeypatch, CODE)
     second = EbpfDatapath(host.pin_dir, 4096)
-    set_filter, set_to = upgrade.tc_filter.set_filter, []
+    kind = tc_filter.ClsactFilter if hook == "clsact" else tcx_link.TcxLink
+    put, put_on = kind.put, []
 
-    def refuse_the_second(ipr, nic, *rest):
-        set_to.append(nic.name)
-        if len(set_to) == 2:
+    def refuse_the_second(way, nic, pins):
+        put_on.append(nic.name)
+        if len(put_on) == 2:
             raise KernelError("refused")
-        set_filter(ipr, nic, *rest)
+        put(way, nic, pins)
 
-    monkeypatch.setattr(upgrade.tc_filter, "set_filter", refuse_the_second)
+    monkeypatch.setattr(kind, "put", refuse_the_second)
     with pytest.raises(KernelError, match="refused"):
         second.apply(SETTINGS)
-    assert len(set_to) == 3  # the first one twice: there and back
-    assert before == tuple(run("tc", "filter", "show", "dev", nic, "egress") for nic in ("nic0", "nic2"))
+    assert len(put_on) == 3  # the first one twice: there and back
+    assert (our_programs("nic0"), our_programs("nic2")) == before
     assert not host.pin_dir.with_name("fabricpilot-new").exists()
-    monkeypatch.setattr(upgrade.tc_filter, "set_filter", set_filter)
+    monkeypatch.setattr(kind, "put", put)
     second.apply(SETTINGS)
     assert second.attached() == ["nic0", "nic2"]
     second.close()
@@ -351,4 +361,4 @@ def test_one_agent_per_data_path(host, monkeypatch):
         assert ipr.link_lookup(ifname="nic0")
     second.close()
     assert another_tries() == ["done", "done"]
-    assert filters() == 0
+    assert our_programs("nic0") == []
