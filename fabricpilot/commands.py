@@ -4,6 +4,7 @@
 is a bug and shows its traceback.
 """
 
+import errno
 import sys
 from importlib.metadata import EntryPoint, entry_points
 
@@ -11,6 +12,8 @@ import click
 
 from fabricpilot import __version__
 from fabricpilot.errors import FabricpilotError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # to write to: nothing that a traceback would explain
 
 
 class Rooms(click.Group):
@@ -69,3 +72,10 @@ def run() -> None:
         # The reader of our output (head, less) has gone; point stdout away so that exiting does not raise again.
         sys.stdout = None
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        sys.stdout = None  # what did not find room there would be tried once more
+        where = f" for {error.filename}" if error.filename else ""
+        click.echo(f"fabricpilot: {error.strerror}{where}; make room there, or write somewhere else", err=True)
+        sys.exit(1)
