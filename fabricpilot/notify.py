@@ -7,16 +7,12 @@ the watchdog's, the service manager restarts us, which is its purpose.
 
 import os
 import socket
+from contextlib import suppress
 
 
-def ready(status_line: str = "") -> None:
+def ready() -> None:
     """Start-up is over."""
-    _send("READY=1", status_line)
-
-
-def status(status_line: str) -> None:
-    """One line for `systemctl status`."""
-    _send("", status_line)
+    _send("READY=1")
 
 
 def watchdog() -> None:
@@ -24,33 +20,17 @@ def watchdog() -> None:
     _send("WATCHDOG=1")
 
 
-def stopping(status_line: str = "") -> None:
+def stopping() -> None:
     """Shutting down."""
-    _send("STOPPING=1", status_line)
+    _send("STOPPING=1")
 
 
-def watchdog_interval_s() -> float | None:
-    """Call `watchdog` at least this often: half the limit (sd_watchdog_enabled(3)); None: there is no watchdog."""
-    limit_us, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-    if not limit_us.isdecimal() or int(limit_us) == 0 or _address() is None:
-        return None
-    if process and process != str(os.getpid()):  # meant for another process of the service
-        return None
-    return int(limit_us) / 2e6
-
-
-def _send(message: str, status_line: str = "") -> None:
+def _send(message: str) -> None:
     address = _address()
     if address is None:
         return
-    lines = [message] if message else []
-    if status_line:
-        lines.append("STATUS=" + " ".join(status_line.split()))  # a line break would start another assignment
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        try:
-            sock.sendto("\n".join(lines).encode(), address)
-        except OSError:
-            return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock, suppress(OSError):
+        sock.sendto(message.encode(), address)
 
 
 def _address() -> str | None:

@@ -1,6 +1,5 @@
 """The daemons' word to systemd, on a real notify socket."""
 
-import os
 import socket
 import uuid
 
@@ -21,12 +20,10 @@ def manager(request, tmp_path, monkeypatch):
 
 
 def test_messages_arrive_one_by_one(manager):
-    notify.ready("scheduling eth0")
+    notify.ready()
     notify.watchdog()
-    notify.status("4,711 flows\non eth0")
     notify.stopping()
-    heard = [manager.recv(4096).decode() for _ in range(4)]
-    assert heard == ["READY=1\nSTATUS=scheduling eth0", "WATCHDOG=1", "STATUS=4,711 flows on eth0", "STOPPING=1"]
+    assert [manager.recv(4096) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"STOPPING=1"]
 
 
 @pytest.mark.parametrize("name", [None, "", "relative", "/nobody/listens/here"])
@@ -37,30 +34,6 @@ def test_nobody_to_tell_is_no_error(monkeypatch, name):
     notify.ready()
     notify.watchdog()
     notify.stopping()
-
-
-@pytest.mark.parametrize(
-    ("limit", "process", "interval"),
-    [
-        ("10000000", None, 5.0),
-        ("10000000", "self", 5.0),
-        ("10000000", "1", None),
-        ("0", None, None),
-        ("soon", None, None),
-    ],
-)
-def test_the_watchdog_interval_is_half_the_limit(manager, monkeypatch, limit, process, interval):
-    monkeypatch.setenv("WATCHDOG_USEC", limit)
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    if process is not None:
-        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if process == "self" else process)
-    assert notify.watchdog_interval_s() == interval
-
-
-def test_without_a_manager_there_is_no_watchdog(monkeypatch):
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
-    assert notify.watchdog_interval_s() is None
 
 
 def test_a_manager_that_does_not_read_never_blocks_us(manager):
