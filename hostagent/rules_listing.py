@@ -43,7 +43,7 @@ def listing(config: AgentConfig) -> list[dict[str, Any]]:
 
 
 def decide(config: AgentConfig, flow: str, dscp: int, cgroup: str) -> dict[str, Any]:
-    """Which rule decides about `flow`, a text such as "tcp 10.0.0.1:40000 [2001:db8::1]:80".
+    """Which rule decides about `flow`, a text such as "tcp 10.0.0.1:40000 10.0.0.2:80".
 
     Raises:
         UsageError: a rule is wrong, or `flow` is not understood.
@@ -66,13 +66,14 @@ def _parse_flow(text: str, dscp: int, cgroup: str) -> Flow:
     if match is None:
         raise wrong
     try:
-        source, destination = (str(ipaddress.ip_address(match[group].strip("[]"))) for group in (2, 4))
+        source, destination = (ipaddress.ip_address(match[group].strip("[]")) for group in (2, 4))
     except ValueError as error:
         raise wrong from error
     ports = int(match[3]), int(match[5])
-    if max(ports) > 65535:
+    if max(ports) > 65535 or source.version != destination.version:
         raise wrong
-    return Flow(source, destination, *ports, 6 if match[1].lower() == "tcp" else 17, dscp, _with_ancestors(cgroup))
+    protocol = 6 if match[1].lower() == "tcp" else 17
+    return Flow(str(source), str(destination), *ports, protocol, dscp, _with_ancestors(cgroup))
 
 
 def _with_ancestors(cgroup: str) -> frozenset[int]:
@@ -111,12 +112,14 @@ def _says(rule: Rule) -> str:
 
 
 def _flows_now(config: AgentConfig, rules: int) -> list[int] | None:
+    from hostagent.datapath.bpffs import holds
     from hostagent.datapath.ebpf import EbpfDatapath
 
-    if os.geteuid() != 0 or not Path(config.datapath.pin_dir).is_dir():
+    pin_dir = Path(config.datapath.pin_dir)
+    if os.geteuid() != 0 or not holds(pin_dir):
         return None
     with contextlib.suppress(FabricpilotError):
-        datapath = EbpfDatapath(Path(config.datapath.pin_dir), config.datapath.flow_entries)
+        datapath = EbpfDatapath(pin_dir, config.datapath.flow_entries)
         try:
             return flows_by_rule(datapath.flows().states, rules) if datapath.adopted else None
         finally:

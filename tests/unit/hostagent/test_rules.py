@@ -145,4 +145,5 @@ def test_the_rules_command_lists_and_decides(tmp_path):
         ("udp 10.0.0.1:4 10.9.3.3:179", "no rule: by thresholds and central's verdicts"),
     ):
         assert run(command, ["rules", "--config", str(path), "--flow", flow]).output.strip() == says
-    assert isinstance(run(command, ["rules", "--config", str(path), "--flow", "nonsense"]).exception, UsageError)
+    for flow in ("nonsense", "tcp 10.0.0.1:4 [fd00::2]:179", "tcp 10.0.0.1:4 10.8.3.3:65536"):
+        assert isinstance(run(command, ["rules", "--config", str(path), "--flow", flow]).exception, UsageError)
