@@ -123,6 +123,18 @@ def _sift_up(heap: Ints, level: Ints, tag: Floats, at: int) -> None:
     heap[at] = slot
 
 
+@inner
+def _serve(s: Star, slot: int, sent_bytes: float, shared: int, order: int) -> None:
+    """Time passes for the flows in service, whose first is in `slot`: none reaches its next boundary in it."""
+    level = s.level[slot]
+    if level < shared:
+        s.clock[level] += sent_bytes / s.population[level]
+        return
+    s.remaining[slot] = max(s.remaining[slot] - sent_bytes, s.boundary[slot])
+    if order == SHORTEST:
+        s.tag[slot] = s.remaining[slot]
+
+
 @compiled
 def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, out: Finished) -> int:
     """Run every event up to the time `until` (seconds; infinite runs until all is done).
@@ -188,14 +200,8 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
                 events -= 1
                 result = NO_SLOT
                 break
-            if n > 0:  # time passes for the flows in service
-                sent = rate * (next_arrival - now)
-                if level[slot] < shared:
-                    clock[level[slot]] += sent / population[level[slot]]
-                else:
-                    remaining[slot] = max(remaining[slot] - sent, boundary[slot])
-                    if order == SHORTEST:
-                        tag[slot] = remaining[slot]
+            if n > 0:
+                _serve(s, slot, rate * (next_arrival - now), shared, order)
             now = next_arrival
             free_n -= 1
             slot = s.free[free_n]
@@ -233,14 +239,7 @@ def advance(s: Star, rule: Rule, rate: float, arrivals: Arrivals, until: float, 
     counters[FREE], counters[OUT], counters[PEAK] = free_n, out_n, peak
     if result == DONE and until < np.inf and until > now:
         if n > 0:
-            slot = heap[0]
-            sent = rate * (until - now)
-            if level[slot] < shared:
-                clock[level[slot]] += sent / population[level[slot]]
-            else:
-                remaining[slot] = max(remaining[slot] - sent, boundary[slot])
-                if order == SHORTEST:
-                    tag[slot] = remaining[slot]
+            _serve(s, heap[0], rate * (until - now), shared, order)
         now = until
     s.now[0] = now
     return result
