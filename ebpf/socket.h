@@ -25,49 +25,39 @@ struct sender {
 #ifdef WRITE_SEQ_OFFSET
 #define SEES_BACKLOG 1
 #define TCP_SOCK_FIELD(type, tcp, offset) (*(type *)((void *)(tcp) + (offset)))
+#else
+#define SEES_BACKLOG 0
+#endif
 
 static __always_inline void ask_socket(struct __sk_buff *skb, const struct packet *packet, struct sender *sender)
 {
 	struct bpf_sock *socket = skb->sk;
-	struct tcp_sock *tcp;
 
 	sender->known = 0;
 	sender->sent_ns = 0;
-	/* Saves the call for raw sockets and for what a closed connection still sends. */
+	/* Saves the calls for raw sockets and for what a closed connection still sends. */
 	if (!socket || packet->key.protocol != IPPROTO_TCP || socket->state == TCP_CLOSE_STATE)
 		return;
-	tcp = bpf_skc_to_tcp_sock(socket);
+#if SEES_BACKLOG
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(socket);
+
 	if (!tcp)
 		return;
 	sender->una = TCP_SOCK_FIELD(__u32, tcp, SND_UNA_OFFSET);
 	sender->next = TCP_SOCK_FIELD(__u32, tcp, SND_NXT_OFFSET);
 	sender->written = TCP_SOCK_FIELD(__u32, tcp, WRITE_SEQ_OFFSET);
 	sender->srtt_us = TCP_SOCK_FIELD(__u32, tcp, SRTT_OFFSET);
-	sender->sent_ns = skb->tstamp;
-	sender->known = 1;
-}
 #else
-#define SEES_BACKLOG 0
-
-static __always_inline void ask_socket(struct __sk_buff *skb, const struct packet *packet, struct sender *sender)
-{
-	struct bpf_sock *socket = skb->sk;
 	struct bpf_tcp_sock *tcp;
 
-	sender->known = 0;
-	sender->sent_ns = 0;
-	if (!socket || packet->key.protocol != IPPROTO_TCP || socket->state == TCP_CLOSE_STATE)
-		return;
 	socket = bpf_sk_fullsock(socket);
-	if (!socket)
-		return;
-	tcp = bpf_tcp_sock(socket);
+	tcp = socket ? bpf_tcp_sock(socket) : 0;
 	if (!tcp)
 		return;
 	sender->una = tcp->snd_una;
 	sender->next = tcp->snd_nxt;
 	sender->srtt_us = tcp->srtt_us;
+#endif
 	sender->sent_ns = skb->tstamp;
 	sender->known = 1;
 }
-#endif
