@@ -13,7 +13,7 @@ from hostagent.datapath.ring import Ring
 from hostagent.long_flows import open_long_flow_events
 from hostagent.observe import observe
 
-BLIND_GAP_S = 0.15
+BLIND_GAP_S = 0.4
 SETTINGS = Settings(
     Thresholds((1000, 2000, 3000)),
     (32, 24, 16, 8),
@@ -71,7 +71,7 @@ def test_each_message_of_a_flow_is_told_of(sender, ring):
     for _ in range(2):
         for _ in range(5):
             sender.send(key, 1000)
-        time.sleep(3 * BLIND_GAP_S)
+        time.sleep(1.2 * BLIND_GAP_S)
     events = ring.read(10)
     assert events["attained_bytes"].tolist() == [3000, 3000]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from agent_kit import wait_for
 from pyroute2 import IPRoute, netns
 
 from fabricpilot.errors import FabricpilotError, KernelError, UsageError
@@ -172,14 +173,10 @@ def test_programs_end_with_their_children(run: Run, tmp_path: Path) -> None:
     child = tmp_path / "child"
     script = 'sleep 60 & echo $! > "$0"; wait'
     program = Programs(run, tmp_path / "logs").start("parent", star.controller, ["sh", "-c", script, str(child)])
-    until = time.monotonic() + 5
-    while not (child.exists() and child.read_text()) and time.monotonic() < until:
-        time.sleep(0.01)
-    pid = int(child.read_text())
+    wait_for(lambda: child.exists() and child.read_text())
+    status = Path(f"/proc/{child.read_text().strip()}/stat")
     program.stop()
-    time.sleep(0.05)
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    wait_for(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_capture_sees_every_packet_of_a_flow(run: Run, tmp_path: Path) -> None:
