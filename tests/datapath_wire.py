@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ ONE_MESSAGE = MessageRule(gap_ns=3600 * 10**9, starved_ns=0)  # a flow, whatever
 SETTINGS = Settings(Thresholds(THRESHOLDS), (32, 24, 16, 8), (1, 2, 3, 4), messages=ONE_MESSAGE)
 SIZE_BYTES = 5_000_000
 PORT = 5001
+SOURCE_PORT_AT, DESTINATION_PORT_AT = 34, 36  # in an Ethernet frame, behind an IPv4 header without options
 ADDRESSES = {4: ("10.77.0.1", "10.77.0.2"), 6: ("fd77::1", "fd77::2")}
 
 
@@ -202,6 +204,24 @@ def message_at(place: int, sizes: Sequence[int]) -> tuple[int, int]:
     ends = list(itertools.accumulate(sizes))
     number = bisect.bisect_right(ends, place)
     return number, place - ends[number] + sizes[number]
+
+
+def sunk_datagrams(frames: list[bytes], port_at: int) -> dict[int, int]:
+    """Payload bytes of the UDP flows over IPv4 among some frames, by the port at that place of a frame.
+
+    Asserts that each datagram was on the level of the bytes before it, and that each flow met all levels.
+    """
+    sent: dict[int, int] = defaultdict(int)
+    met: dict[int, set[int]] = defaultdict(set)
+    for frame in frames:
+        if frame[12:14] != b"\x08\x00" or frame[23] != 17:
+            continue
+        port = struct.unpack_from("!H", frame, port_at)[0]
+        assert frame[15] >> 2 == dscp_at(sent[port]), (port, sent[port])
+        met[port].add(frame[15] >> 2)
+        sent[port] += struct.unpack_from("!H", frame, 38)[0] - 8
+    assert set.intersection(*met.values()) == set(SETTINGS.dscp)
+    return sent
 
 
 def transfer(host: Host, version: int, size_bytes: int, during=lambda sent: None) -> socket.socket:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
+from agent_kit import wait_for
 from datapath_kit import bpf_file_system, in_netns, run
-from datapath_wire import wait_for_gap
+from datapath_wire import captured, wait_for_gap
 from pyroute2 import IPRoute
 
 from fabricpilot.config import AgentConfig, Rule, load
@@ -56,7 +57,7 @@ class Fabric:
         config = msgspec.structs.replace(config, rules=[msgspec.convert(rule, Rule) for rule in rules])
         control = FlowControl(config, self.datapath, self.ipr)
         if usable:  # next hops have answered, of both IP versions: with those of one a route is usable already
-            _wait(lambda: control.on_event() or self._all_usable(control))
+            wait_for(lambda: control.on_event() or self._all_usable(control))
         return control
 
     def _all_usable(self, control: FlowControl) -> bool:
@@ -231,8 +232,8 @@ def test_a_next_hop_of_one_ip_version_comes_and_goes_without_those_of_the_other(
         Steering._write(control._steering, record),
     )
     run("ip", "-6", "neigh", "replace", hop, "dev", "nic1", "nud", "failed", netns=fabric.sender)
-    _wait(lambda: control.on_event() or "IPv6 next hop" in control.status()["routes"]["1"])
-    _wait(lambda: control.tick() or control.on_event() or control.status()["routes"]["1"] == "usable")
+    wait_for(lambda: control.on_event() or "IPv6 next hop" in control.status()["routes"]["1"])
+    wait_for(lambda: control.tick() or control.on_event() or control.status()["routes"]["1"] == "usable")
     assert withdrawn
     assert not any(withdrawn)
     control.close()
@@ -295,14 +296,14 @@ def test_a_route_whose_link_goes_is_left_at_once_and_found_again(fabric, version
             run("ip", "link", "del", "nic1", netns=fabric.sender)
         transfer.send(2_000_000)  # all of it arrives: nothing is lost but what was on the wire
         assert control.usable_routes == ()
-        _wait(lambda: "nic1" in control.status()["routes"]["1"])  # said behind the deed, by the other thread
+        wait_for(lambda: "nic1" in control.status()["routes"]["1"])  # said behind the deed, by the other thread
         if how == "deleted":
             return
         where = fabric.sender if how == "down" else fabric.receiver
         run("ip", "link", "set", "nic1", "up", netns=where)
         address = path_address(6, 1, 0 if how == "down" else 1)  # IPv6 addresses go with their link
         run("ip", "address", "replace", f"{address}/64", "dev", "nic1", "nodad", netns=where)
-        _wait(lambda: control.status()["routes"]["1"] == "usable")  # for both IP versions
+        wait_for(lambda: control.status()["routes"]["1"] == "usable")  # for both IP versions
         pass_gap(transfer)
         assert_all_by(moved(fabric, transfer, 300_000), 1, 300_000)
 
@@ -322,11 +323,11 @@ def test_a_next_hop_that_does_not_answer_withdraws_its_route_until_it_does(fabri
             assert_all_by(moved(fabric, transfer, 200_000), 0, 200_000)
             assert "does not answer" in control.status()["routes"]["1"]
             run("ip", "address", "add", f"{hop}/{length}", "dev", "nic1", *nodad, netns=fabric.receiver)
-            _wait(lambda: control.status()["routes"]["1"] == "usable")
+            wait_for(lambda: control.status()["routes"]["1"] == "usable")
             pass_gap(transfer)
             assert_all_by(moved(fabric, transfer, 200_000), 1, 200_000)
             run("ip", "address", "del", f"{hop}/{length}", "dev", "nic1", netns=fabric.receiver)
-            _wait(lambda: control.status()["routes"]["1"] != "usable")
+            wait_for(lambda: control.status()["routes"]["1"] != "usable")
 
 
 @pytest.mark.slow
@@ -396,24 +397,12 @@ def test_a_route_by_mark_follows_policy_routing(fabric, version):
 @pytest.mark.slow
 def test_packets_of_a_routed_flow_carry_their_level(fabric):
     control = fabric.control(rules=[{"route": 1}])
-    with in_netns(fabric.receiver):
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        tap.bind(("nic1", 0))
-    tap.settimeout(1)
-    transfer = Transfer(fabric, 4)
-    transfer.send(100)
-    try:
-        marks = set()
-        with contextlib.suppress(TimeoutError):
-            while True:
-                frame, (_, _, kind, *_) = tap.recvfrom(2048)
-                if kind != socket.PACKET_OUTGOING and frame[12:14] == b"\x08\x00" and frame[23] == 6:
-                    marks.add(frame[15] >> 2)
-        assert marks == {32}
-    finally:
-        tap.close()
+    with captured(fabric.receiver, "nic1") as capture:
+        transfer = Transfer(fabric, 4)
+        transfer.send(100)
         transfer.close()
-        control.close()
+    control.close()
+    assert {seen.dscp for seen in capture.packets} == {32}
 
 
 def test_routers_spread_flows_by_their_labels(fabric, make_netns):
@@ -443,8 +432,7 @@ def test_routers_spread_flows_by_their_labels(fabric, make_netns):
     sending.bind((ME[6], 4000))
 
     def ways_of(label: int) -> list[int]:
-        config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
-        control = FlowControl(msgspec.structs.replace(config, rules=[Rule(route=3)]), fabric.datapath, fabric.ipr)
+        control = labelled(fabric, label)
         for _ in range(5):
             sending.sendto(b"x" * 100, (target, 9))
         counts = [0, 0]
@@ -454,7 +442,7 @@ def test_routers_spread_flows_by_their_labels(fabric, make_netns):
                 counts[path] += datagrams_to(tap, 9)
             return sum(counts) == 5
 
-        _wait(all_there)
+        wait_for(all_there)
         control.close()
         return counts
 
@@ -478,29 +466,23 @@ def datagrams_to(tap: socket.socket, port: int) -> int:
 
 @pytest.mark.slow
 def test_a_flow_label_is_on_every_packet_of_a_connection(fabric):
-    labels = {}
     for label in (0x11111, 0x22222):
-        config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
-        config = msgspec.structs.replace(config, rules=[Rule(route=3)])
-        control = FlowControl(config, fabric.datapath, fabric.ipr)
+        control = labelled(fabric, label)
         assert control.usable_routes == (3,)
-        with in_netns(fabric.receiver):
-            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-            tap.bind(("nic0", 0))
-        tap.settimeout(1)
-        transfer = Transfer(fabric, 6)
-        transfer.send(5000)
-        seen = set()
-        with contextlib.suppress(TimeoutError):
-            while True:
-                frame, (_, _, kind, *_) = tap.recvfrom(2048)
-                if kind != socket.PACKET_OUTGOING and frame[12:14] == b"\x86\xdd" and frame[20] == 6:
-                    seen.add(int.from_bytes(frame[14:18], "big") & 0xFFFFF)
-        labels[label] = seen
-        tap.close()
-        transfer.close()
+        with captured(fabric.receiver) as capture:
+            transfer = Transfer(fabric, 6)
+            transfer.send(5000)
+            transfer.close()
         control.close()
-    assert labels == {0x11111: {0x11111}, 0x22222: {0x22222}}
+        sent = [frame for frame in capture.frames if frame[12:14] == b"\x86\xdd" and frame[20] == 6]
+        assert {int.from_bytes(frame[14:18], "big") & 0xFFFFF for frame in sent} == {label}
+
+
+def labelled(fabric: Fabric, label: int, **rule: object) -> FlowControl:
+    """Route 3 is that flow label, and all flows that the rule admits take it."""
+    config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
+    rules = [msgspec.convert({"route": 3, **rule}, Rule)]
+    return FlowControl(msgspec.structs.replace(config, rules=rules), fabric.datapath, fabric.ipr)
 
 
 @pytest.mark.slow
@@ -511,29 +493,18 @@ def test_a_flow_label_spreads_tunnelled_ipv4_by_the_outer_source_port(fabric):
     run("ip", "link", "set", "vx0", "up", netns=fabric.sender)
     run("ip", "neigh", "add", "10.99.0.2", "lladdr", "02:00:00:00:00:99", "dev", "vx0", netns=fabric.sender)
     fabric.datapath.attach("vx0")
-    with in_netns(fabric.receiver):
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        tap.bind(("nic0", 0))
-    tap.settimeout(0.5)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     ports = {}
     for label in (1, 2, 3):
-        config = load(AgentConfig, None, {"routes.paths": [{"number": 3, "flow_label": label}]}, {})
-        config = msgspec.structs.replace(config, rules=[Rule(route=3, destination=["10.99.0.0/24"])])
-        control = FlowControl(config, fabric.datapath, fabric.ipr)
-        for _ in range(5):
-            udp.sendto(b"x" * 100, ("10.99.0.2", 9))
-        seen = set()
-        with contextlib.suppress(TimeoutError):
-            while True:
-                frame, (_, _, kind, *_) = tap.recvfrom(2048)
-                # To the VXLAN port, with IPv4 inside: Ethernet 14, IPv4 20, UDP 8, VXLAN 8, Ethernet 14.
-                if kind != socket.PACKET_OUTGOING and frame[36:38] == b"\x12\xb5" and frame[62:64] == b"\x08\x00":
-                    seen.add(int.from_bytes(frame[34:36], "big"))
-        ports[label] = seen
+        control = labelled(fabric, label, destination=["10.99.0.0/24"])
+        with captured(fabric.receiver) as capture:
+            for _ in range(5):
+                udp.sendto(b"x" * 100, ("10.99.0.2", 9))
         control.close()
+        # To the VXLAN port, with IPv4 inside: Ethernet 14, IPv4 20, UDP 8, VXLAN 8, Ethernet 14.
+        tunnelled = [frame for frame in capture.frames if (frame[36:38], frame[62:64]) == (b"\x12\xb5", b"\x08\x00")]
+        ports[label] = {int.from_bytes(frame[34:36], "big") for frame in tunnelled}
     udp.close()
-    tap.close()
     assert all(len(seen) == 1 for seen in ports.values()), ports
     assert len(set.union(*ports.values())) == 3, ports
 
@@ -571,10 +542,3 @@ def _serve(control: FlowControl, stop: threading.Event) -> None:
             control.tick()
             due += 0.5
         time.sleep(0.005)
-
-
-def _wait(condition, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
