@@ -1,7 +1,8 @@
 """Real connections over a veth pair, with the data path and with what people use in its place (`bench dataplane`).
 
     bare         nothing in the way: what the others are compared with
-    fabricpilot  the egress program, backlog mode
+    fabricpilot  the egress program, backlog mode, attached as on any host: by tcx where the kernel has it
+    by clsact    the same program, the other way: only where some nanoseconds can be told apart (bench_bulk.py)
     nftables     four levels by `ct original bytes`, DSCP and priority: the rules people write by hand (nft_bench.py)
     u32          a plain tc filter that matches the DSCP; it writes one where the kernel has act_pedit
 
@@ -19,7 +20,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ _REQUEST: Final = bytes(100)
 _SMALL_SENDS: Final = 20_000
 _TRANSFERS: Final = 5  # rounds of these for one of the others: they are short
 _BEHIND_OURS: Final = 60  # preference of the empty program's filter
+
+Variant = Callable[[], Callable[[], None]]  # installs it, and returns how to remove it again
 
 
 def measure(rounds: int, seconds: int) -> dict[str, Any]:
@@ -50,20 +53,23 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
     from hostagent.datapath.ebpf import EbpfDatapath
 
     net.enter_own_namespace()
-    datapath = EbpfDatapath(Path(f"/sys/fs/bpf/fabricpilot-live-{os.getpid()}"), 131_072)
+    pin_dir = Path(f"/sys/fs/bpf/fabricpilot-live-{os.getpid()}")
+    datapath, by_clsact = EbpfDatapath(pin_dir, 131_072), EbpfDatapath(pin_dir, 131_072, "clsact")
     try:
         datapath.apply(replace(settings(), use_backlog=True))
         with net.wire() as there, servers(there) as rates:
-            variants = _variants(datapath)
+            variants = {"bare": _nothing, "fabricpilot": _scheduled_by(datapath), **_others()}
             kinds: dict[str, Callable[[], float]] = {
                 "bulk": lambda: net.bulk_gbps(seconds),
                 "round_trip": _round_trip_us,
                 **rates,
             }
             taken = _in_turn(variants, kinds, rounds)
+            variants["by clsact"] = _scheduled_by(by_clsact)
             with both_ends(there) as transfer:
                 alone = _in_turn(variants, {"alone": transfer.ns_per_64_kib}, rounds * _TRANSFERS)["alone"]
             return {
+                "attached_by": datapath.attached_by([net.INTERFACE])[net.INTERFACE],
                 "throughput_ratio": _ratios(taken["bulk"]),
                 "rr_latency_ratio": _ratios(taken["round_trip"]),
                 "server_rate_ratio": {name: _ratios(taken[name]) for name in rates},
@@ -71,15 +77,16 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
                 "bare_rr_us": round(statistics.median(taken["round_trip"]["bare"]), 1),
                 "bare_answers_per_s": {name: round(statistics.median(taken[name]["bare"])) for name in rates},
                 "ns_per_64_kib": _net(alone),
-                "ns_per_packet": _sockets(datapath),
+                "ns_per_packet": _sockets(by_clsact),
             }
     finally:
         datapath.detach()
         datapath.close()
+        by_clsact.close()
 
 
 def _in_turn(
-    variants: dict[str, Callable[[], Callable[[], None]]], kinds: dict[str, Callable[[], float]], rounds: int
+    variants: Mapping[str, Variant], kinds: dict[str, Callable[[], float]], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
     """Every figure of every variant, round by round; each round begins with another variant."""
     taken: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in variants} for kind in kinds}
@@ -110,16 +117,24 @@ def _ratios(values: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def _variants(datapath: Any) -> dict[str, Callable[[], Callable[[], None]]]:
-    """How to install each variant; that returns how to remove it again."""
+def _nothing() -> Callable[[], None]:
+    return lambda: None
+
+
+def _scheduled_by(datapath: Any) -> Variant:
+    def schedule() -> Callable[[], None]:
+        datapath.attach(net.INTERFACE)
+        return lambda: datapath.release([net.INTERFACE])
+
+    return schedule
+
+
+def _others() -> dict[str, Variant]:
+    """What people use in our place."""
     from hostagent.datapath.nft_bench import PLAIN_RULES
     from hostagent.datapath.nft_library import Nft
 
     nft = Nft()
-
-    def schedule() -> Callable[[], None]:
-        datapath.attach(net.INTERFACE)
-        return lambda: datapath.release([net.INTERFACE])
 
     def rule_set() -> Callable[[], None]:
         nft.run(PLAIN_RULES, "installing rules to compare with")
@@ -137,7 +152,7 @@ def _variants(datapath: Any) -> dict[str, Callable[[], Callable[[], None]]]:
 
         return remove
 
-    return {"bare": lambda: lambda: None, "fabricpilot": schedule, "nftables": rule_set, "u32": filter_u32}
+    return {"nftables": rule_set, "u32": filter_u32}
 
 
 def _tc(*arguments: str, check: bool = True) -> bool:
@@ -157,7 +172,7 @@ def _round_trip_us() -> float:
 
 
 def _sockets(datapath: Any) -> dict[str, int]:
-    """Net nanoseconds per packet of real sockets' small packets."""
+    """Net nanoseconds per packet of real sockets' small packets, by a data path on clsact."""
     import socket
 
     from pyroute2 import IPRoute
