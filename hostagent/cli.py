@@ -79,9 +79,9 @@ def run(config_path: Path | None, settings: tuple[str, ...], dry_run: bool, **fl
     with IPRoute() as ipr:
         if dry_run:
             plans = plan_all(config, ipr)
-            backend, ways = _ways_of_attaching(config, list(plans))
+            for line in _attaching(config, list(plans)):
+                click.echo(f"# {line}")
             for name, plan in plans.items():
-                click.echo(f"# {name}: data path {backend} by {ways[name]}, pinned in {config.datapath.pin_dir}")
                 click.echo(f"# {name}: queues {plan.kind}: {plan.why}")
                 for line in plan.commands(name):
                     click.echo(line)
@@ -267,13 +267,17 @@ def _need_root(config: AgentConfig) -> None:
         )
 
 
-def _ways_of_attaching(config: AgentConfig, interfaces: list[str]) -> tuple[str, dict[str, str]]:
-    """The data path that `run` would open, and how it would be attached to each of these."""
+def _attaching(config: AgentConfig, interfaces: list[str]) -> list[str]:
+    """The data path that `run` would attach to these, and how, one line for each way."""
     from hostagent.datapath import open_datapath
 
     datapath = open_datapath(config.datapath)
     try:
-        return datapath.name, datapath.attached_by(interfaces)
+        ways = datapath.attached_by(interfaces)
+        return [
+            f"{', '.join(names)}: data path {datapath.name} by {way}, pinned in {config.datapath.pin_dir}"
+            for way, names in ways.items()
+        ]
     finally:
         datapath.close()
 

@@ -213,8 +213,8 @@ class Datapath(Protocol):
     def attached(self) -> list[str]:
         """Interfaces scheduled now, also by an agent before this one; sorted."""
 
-    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
-        """By which mechanism of the kernel each of these is, or would be, attached; without those that do not exist."""
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, list[str]]:
+        """These, those that exist, by the mechanism of the kernel that each is, or would be, attached by."""
 
     def release(self, interfaces: Collection[str]) -> None:
         """Schedule packets leaving these no longer; also forgets all interfaces that are gone. Idempotent."""

@@ -69,7 +69,7 @@ def measure(rounds: int, seconds: int) -> dict[str, Any]:
             with both_ends(there) as transfer:
                 alone = _in_turn(variants, {"alone": transfer.ns_per_64_kib}, rounds * _TRANSFERS)["alone"]
             return {
-                "attached_by": datapath.attached_by([net.INTERFACE])[net.INTERFACE],
+                "attached_by": next(iter(datapath.attached_by([net.INTERFACE]))),
                 "throughput_ratio": _ratios(taken["bulk"]),
                 "rr_latency_ratio": _ratios(taken["round_trip"]),
                 "server_rate_ratio": {name: _ratios(taken[name]) for name in rates},

@@ -131,13 +131,14 @@ class EbpfDatapath:
         pinned_program = bpf.prog_id(self._pins.program)
         return sorted(nic.name for nic, (_, program) in self._scheduled().items() if program == pinned_program)
 
-    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, list[str]]:
         """See `Datapath.attached_by`."""
         noted = self._pins.interfaces() if self._pins is not None else {}
-        by_name = {name: index for index, name in interface_names(self._netlink()).items()}
-        indices = {name: by_name[name] for name in interfaces if name in by_name}
-        told = self._hooks.describe({index: index in noted for index in indices.values()})
-        return {name: told[index] for name, index in indices.items()}
+        names = {index: name for index, name in interface_names(self._netlink()).items() if name in interfaces}
+        told: dict[str, list[str]] = {}
+        for index, way in self._hooks.describe({index: index in noted for index in names}).items():
+            told.setdefault(way, []).append(names[index])
+        return told
 
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""

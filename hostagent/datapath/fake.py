@@ -82,9 +82,9 @@ class FakeDatapath:
         """See `Datapath.attached`."""
         return sorted(self._interfaces)
 
-    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
-        """See `Datapath.attached_by`; by none."""
-        return dict.fromkeys(interfaces, "nothing")
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, list[str]]:
+        """See `Datapath.attached_by`."""
+        return {"nothing": list(interfaces)}
 
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""

@@ -107,9 +107,9 @@ class NftablesDatapath:
         present = {name for _, name in socket.if_nameindex()}
         return sorted(present.intersection(state.interfaces)) if state else []
 
-    def attached_by(self, interfaces: Collection[str]) -> dict[str, str]:
+    def attached_by(self, interfaces: Collection[str]) -> dict[str, list[str]]:
         """See `Datapath.attached_by`."""
-        return dict.fromkeys(interfaces, "netfilter")
+        return {"netfilter": list(interfaces)}
 
     def release(self, interfaces: Collection[str]) -> None:
         """See `Datapath.release`."""

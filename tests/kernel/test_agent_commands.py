@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -132,6 +133,7 @@ def test_a_killed_agent_leaves_tagging_going_and_the_next_one_adopts(host):
         second = host.start()
         adopted = host.status()["datapath"]
         assert adopted["adopted"]
+        assert [*adopted["attached_by"].values()] == [["nic"]]
         assert adopted["thresholds"] == list(THRESHOLDS.bytes)
         flow.until(1_100_000)
         [listed] = json.loads(host.agent("dump", "--json").stdout)["flows"]
@@ -205,6 +207,7 @@ def test_dry_run_changes_nothing_and_prints_tc_commands(host):
     done = host.agent("run", "--link-rate", "1Gbit", "--dry-run")
     assert done.returncode == 0
     assert "tc qdisc" in done.stdout
+    assert re.search(r"^# nic: data path ebpf by (tcx|clsact), pinned in ", done.stdout, re.M)
     assert host.state() == before
 
 

@@ -173,7 +173,7 @@ def test_a_tcx_program_that_was_there_before(host, theirs, caplog, verdict, hook
     host.apply(SETTINGS)
     behind = "nic0: 1 tcx programs run before ours" in caplog.text
     assert behind == (hook == "clsact")
-    assert host.attached_by(["nic0"]) == {"nic0": "clsact behind 1 tcx programs" if behind else "tcx"}
+    assert host.attached_by(["nic0"]) == {"clsact behind 1 tcx programs" if behind else "tcx": ["nic0"]}
     assert traffic_classes() == ({0} if behind and verdict == TCX_PASS else {32 << 2})
     assert program.seen >= COUNT
     host.detach()
@@ -194,7 +194,7 @@ def test_a_tcx_program_that_puts_itself_before_ours_is_told_of(host, theirs, cap
     for _ in range(3):
         assert not host.attach("nic0")
     assert caplog.text.count("nic0: 1 tcx programs run before ours") == 1
-    assert host.attached_by(["nic0"]) == {"nic0": "tcx behind 1 tcx programs"}
+    assert host.attached_by(["nic0"]) == {"tcx behind 1 tcx programs": ["nic0"]}
     theirs(TCX_NEXT, bpf.FIRST)
     host.attach("nic0")
     assert caplog.text.count("nic0: 2 tcx programs run before ours") == 1

@@ -87,7 +87,7 @@ def test_attach_twice_is_one_program_and_detach_leaves_no_trace(pin_dir, nic, ho
         datapath.attach("nic1")
         assert datapath.attached() == ["nic0", "nic1"]
         assert ways("nic0") == ways("nic1") == [hook]
-        assert datapath.attached_by(["nic0", "nic9"]) == {"nic0": hook}
+        assert datapath.attached_by(["nic0", "nic9"]) == {hook: ["nic0"]}
     datapath.apply(SETTINGS)
     objects = bpf_objects(pin_dir)
     assert len(objects) > len(MAPS)
@@ -249,9 +249,9 @@ def test_without_tcx_it_is_clsact_unless_tcx_was_asked_for(pin_dir, nic, loaded_
         asked.attach("nic0")
     asked.close()
     datapath = EbpfDatapath(pin_dir, 4096)
-    assert datapath.attached_by(["nic0"]) == {"nic0": "clsact"}
+    assert datapath.attached_by(["nic0"]) == {"clsact": ["nic0"]}
     datapath.attach("nic0")
-    assert datapath.attached_by(["nic0"]) == {"nic0": "clsact"}
+    assert datapath.attached_by(["nic0"]) == {"clsact": ["nic0"]}
     monkeypatch.setattr(bpf, "TCX_EGRESS", 47)
     assert ways() == ["clsact"]
     datapath.detach()

@@ -39,7 +39,8 @@ def test_finds_what_this_kernel_has_and_leaves_nothing(tmp_path, make_netns):
         found = {finding.id: finding for finding in probe(DatapathSection(pin_dir=str(root / "fabricpilot")))}
         left = present(name) - before
     assert [f.id for f in found.values() if f.required and not f.ok] == []
-    assert {"privileges", "headers", "bcc", "bpf", "map_batches", "program", "bpffs", "clsact"} <= set(found)
+    assert {"privileges", "headers", "bcc", "bpf", "map_batches", "program", "bpffs", "tcx", "clsact"} <= set(found)
+    assert not (found["tcx"].ok and found["clsact"].required)
     assert found["queues_htb"].ok != bool(found["queues_htb"].why)
     assert not left
 
