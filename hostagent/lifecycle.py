@@ -2,7 +2,7 @@
 
     bring_up:  check -> plan the queues -> attach the data path (no settings yet: packets pass untouched)
                -> build the queues -> apply the settings (from here on packets are tagged)
-    take_down: filters, clsact and pins -> queues of every interface there is a record of -> temporary interfaces
+    take_down: programs, clsact and pins -> queues of every interface there is a record of -> temporary interfaces
 
 Whatever fails on the way undoes what this call did, so nothing stays half-attached; what an earlier agent left
 running is adopted, and never undone by a failure of ours. An agent that is killed on the way leaves what the next one,

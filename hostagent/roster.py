@@ -3,9 +3,9 @@
     a wanted one appears      -> data path, then queues unless it is tag-only
     one goes away             -> its entry and its record are forgotten (a new one of that name has another index)
     one is renamed            -> stays if the new name is wanted, else it is let go, as after a restart
-    down, up, new addresses   -> nothing: filters and queues stay
+    down, up, new addresses   -> nothing: program and queues stay
     one is wanted and refused -> said once, tried again every half minute
-    somebody took our filter  -> put back (one interface is looked at per report)
+    somebody took our program -> put back (one interface is looked at per report)
 
 It works on the table of links that LinkWatch keeps and not on single events, so a lost event costs nothing. A thousand
 interfaces that appear at once are worked off in rounds of `_ROUND_S`, between which the agent reports and answers.
@@ -126,7 +126,7 @@ class Roster:
         self._changes.tell(now_s)
 
     def look_after_one(self) -> None:
-        """Make sure that one of the interfaces still has our filter, the next one each time; once per report."""
+        """Make sure that one of the interfaces still has our program, the next one each time; once per report."""
         if not self._to_look_at:
             self._to_look_at = list(self._scheduled)
         if self._to_look_at:
@@ -249,7 +249,7 @@ class Roster:
             return
         try:
             if self._datapath.attach(name):
-                self._changes.note("had lost our filter; it is back", name, logging.WARNING)
+                self._changes.note("had lost our program; it is back", name, logging.WARNING)
         except (FabricpilotError, NetlinkError) as error:
             self.watch.read()
             if index in self.watch.links:

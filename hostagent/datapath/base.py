@@ -227,7 +227,7 @@ class Datapath(Protocol):
         """
 
     def detach(self) -> None:
-        """Remove every trace from the kernel: filters, pins, maps. Idempotent."""
+        """Remove every trace from the kernel: programs, pins, maps. Idempotent."""
 
     def apply(self, settings: Settings) -> None:
         """Act on `settings` from the next packet on; never on a mixture of old and new."""

@@ -76,7 +76,7 @@ class ClsactFilter:
         """See `Hook.rival`."""
         name = _filter_name(self._netlink(), index) or ""
         theirs = name.startswith(_ANY_OWNER) and not name.startswith(self._owner)
-        return f"the filter {name} on clsact" if theirs else ""
+        return f"the filter {name} on clsact, preference {PREFERENCE}" if theirs else ""
 
 
 def has_clsact(ipr: IPRoute, interface: Interface) -> bool:

@@ -76,10 +76,13 @@ class TcxLink:
     def remove(self, index: int) -> None:
         """See `Hook.remove`; also a link that is on another interface by now, or on none."""
         pin = _pin(self._pin_dir, index)
-        with _opened(pin) as link:
-            if link is not None:
-                bpf.link_detach(link)
-        pin.unlink(missing_ok=True)
+        try:
+            with _opened(pin) as link:
+                if link is not None:
+                    bpf.link_detach(link)
+            pin.unlink(missing_ok=True)
+        except OSError as error:
+            raise KernelError(f"cannot take the program off interface {index}: {error.strerror}") from error
 
     def rival(self, index: int) -> str:
         """See `Hook.rival`; looks at the folders beside this one."""
