@@ -1,4 +1,4 @@
-"""Servers and clients as people run them, over a scheduled NIC: nginx with wrk, redis-benchmark, HTTP messages, UDP.
+"""Servers and clients as people run them, over a scheduled NIC: iperf3, nginx with wrk, redis-benchmark, HTTP, UDP.
 
 The server's namespace is the scheduled one, so what is looked at is its answers. Nothing may fail or be lost, and every
 captured packet must carry the DSCP that the bytes before it demand; for TCP an oracle says so that shares no code with
@@ -41,7 +41,7 @@ from testbed.capture.packets import read_packets
 from testbed.capture.ring import RingCapture
 
 SERVER, CLIENT = ADDRESSES[4]
-HTTP_PORT, REDIS_PORT = 8080, 6379
+HTTP_PORT, REDIS_PORT, IPERF_PORT = 8080, 6379, 5201
 FILES = {"small": 2_000, "medium": 120_000, "large": 900_000}
 RING_PACKETS = 60_000
 LOW = replace(SETTINGS, thresholds=Thresholds((5_000, 30_000, 100_000)))  # one medium file goes through all levels
@@ -140,6 +140,18 @@ def wrk(host: Host, name: str) -> float:
     assert rate, said
     assert float(rate[1]) > 0
     return float(rate[1])
+
+
+def test_iperf3(host, tmp_path):
+    need("iperf3")
+    port = ("--port", str(IPERF_PORT))
+    with (
+        serving(host, IPERF_PORT, "iperf3", "--server", "--bind", SERVER, *port),
+        judged(host, tmp_path) as verdict,
+    ):
+        bulk = ("--reverse", "--parallel", "2", "--bytes", "4M")  # the server sends
+        run("iperf3", "--client", SERVER, *port, *bulk, netns=host.receiver)
+    assert_all_right(verdict)
 
 
 def test_nginx_with_wrk(host, tmp_path):
