@@ -412,6 +412,8 @@ def test_lost_pins_do_not_leave_a_program_for_ever(datapath, nic, hook):
             time.sleep(0.02)
     else:
         assert ways() == ["clsact"]
+    again.attach("nic0")
+    assert ways() == [hook]
     again.detach()
     assert ways() == []
     again.close()
