@@ -126,6 +126,7 @@ def _running_agent() -> Iterator[int]:
             env=_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the benchmark, which ends the agent and lets it detach in peace
         )
         try:
             deadline = time.monotonic() + _START_S

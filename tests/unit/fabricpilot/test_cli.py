@@ -1,14 +1,43 @@
-"""The way into the one command: Ctrl-C at any moment of its start ends it without a word, a full disk with one line."""
+"""The way into the one command: what ends it, be it Ctrl-C, a full disk or SIGTERM, leaves no traceback behind."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 MAIN = "from fabricpilot.cli import main; main()"
+BENCHMARK = """
+import os, signal
+from fabricpilot import commands
+@commands.bench.command()
+def waiting():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        print("tidied up")
+commands.run()
+"""
 INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+
+
+def run(
+    code: str, *arguments: str, first: Path | None = None, stdout: IO[str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """A Python process that runs `code` with those arguments; modules in the folder `first` come before all others."""
+    path = [*([str(first)] if first else []), *filter(None, sys.path)]
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        stdout=stdout or subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize(
@@ -21,22 +50,17 @@ INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
 )
 def test_interrupted_while_modules_are_imported(tmp_path: Path, imported: str, arguments: list[str]) -> None:
     (tmp_path / f"{imported}.py").write_text(INTERRUPTED)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    command = [sys.executable, "-P", "-c", MAIN, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = run(MAIN, *arguments, first=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
 def test_a_full_disk_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", MAIN, "agent", "check", "--backend", "fake"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        done = run(MAIN, "agent", "check", "--backend", "fake", stdout=full)
     said = "fabricpilot: No space left on device; make room there, or write somewhere else\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_benchmark_that_is_ended_tidies_up() -> None:
+    done = run(BENCHMARK, "bench", "waiting")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "tidied up\n", "")
