@@ -32,12 +32,6 @@ BPF_ARRAY(sources, __u64, SOURCES);
 /* Key: 0. Value: what the hash is keyed with; drawn by the first packet that needs it. */
 BPF_ARRAY(source_seed, __u64, 1);
 
-static __always_inline __u64 mix(__u64 hash, __u64 word)
-{
-	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
-	return hash ^ hash >> 29;
-}
-
 /* Takes `cost_ns` out of a source's bucket, if it holds that much. */
 static __always_inline int draw(__u64 source, __u64 cost_ns, __u64 now_ns)
 {

@@ -31,6 +31,7 @@ struct counters {
 	__u64 routed;                        /* packets sent another way than the kernel's */
 	__u64 route_unusable;                /* packets that took the kernel's way because theirs led nowhere */
 	__u64 flows_inserted;
+	__u64 flows_evicted;                 /* that made room for others */
 	__u64 flows_midlife;                 /* of those: TCP flows whose start was not seen */
 	__u64 flows_restarted;               /* entries started afresh by a SYN (port reuse) ... */
 	__u64 restarted_bytes;               /* ... and what their former flows had sent, in case nobody had read it */
@@ -38,7 +39,6 @@ struct counters {
 	__u64 turns;                         /* given to starved flows */
 	__u64 over_share;                    /* packets beyond their source's share of new flows: on the last level */
 	__u64 flowless;                      /* acknowledgements and resets without an entry, which make none: at the top */
-	__u64 insert_failed;                 /* packets that got no entry: those with payload on the last level */
 	__u64 write_failed;                  /* packets whose header the kernel would not let us change */
 	__u64 long_untold;                   /* flows that became long while the ring to user space was full */
 };

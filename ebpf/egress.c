@@ -13,7 +13,7 @@
  * It returns TC_ACT_UNSPEC, so other programs on the NIC still run, except for a packet that it sends out of another
  * interface. No path of it drops a packet.
  * UAPI headers and __sk_buff only: it runs on any kernel from 5.15 on without kernel headers or BTF.
- * FLOW_ENTRIES, the size of the flow table, is defined by the loader (hostagent/datapath/source.py).
+ * FLOW_BUCKETS, the size of the flow table, is defined by the loader (hostagent/datapath/source.py).
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -37,6 +37,7 @@
 #include "verdict.h"
 #include "mark.h"
 #include "route.h"
+#include "flow_access.h"
 
 int fabricpilot_egress(struct __sk_buff *skb)
 {
@@ -71,11 +72,8 @@ int fabricpilot_egress(struct __sk_buff *skb)
 		segments = (packet->payload_bytes + skb->gso_size - 1) / skb->gso_size;
 	flow = account(skb, work, segments, settings, count);
 	steer(skb, work, flow, settings, steering_now);
-	if (work->fresh) {
-		if (insert_flow(packet, &work->beginning, count) && packet->payload_bytes)
-			work->level = last_level(settings);
-		flow = work->route ? flows.lookup(&packet->key) : 0;
-	}
+	if (work->fresh)
+		flow = insert_flow(work, count);
 	if (packet->fragment == FIRST_FRAGMENT)
 		remember_first_fragment(packet, work->level);
 	else if (first)

@@ -13,8 +13,6 @@
  *   the flow's end does not come back as a flow of unknown age.
  * - A TCP flow first seen in mid-life is of unknown size, not short: it is on the last level until its next message.
  * - A source that begins more flows than its share gets no entries beyond it, and the last level (admission.h).
- * - A flow's first packet leaves its entry unreferenced: the table's LRU takes flows of one packet before any that had
- *   a second one, so a flood of new flows does not push out those that are under way.
  * - A SYN on an entry that has ended, or has sent something, is a new flow on the same ports: it starts afresh.
  */
 #pragma once
@@ -32,28 +30,28 @@ struct flow_state {
 	__u64 attained_bytes; /* payload of the current message; retransmissions only where no socket tells of them */
 	__u64 packets;        /* GSO segments count one by one */
 	__u64 last_data_ns;   /* latest packet with payload */
-	__u32 next_sequence;  /* TCP: behind the last byte sent */
-	__u32 hint_sequence;  /* TCP: where the message began that a hint told of (hint.h) */
-	__u64 turn_ends_bytes;
-	__u64 earlier_bytes; /* payload of all messages before the current one */
+	/* With the key in front (flow_table.h) a cache line ends here. */
+	__u32 next_sequence; /* TCP: behind the last byte sent */
+	__u8 level;          /* of the latest packet with payload */
+	__u8 flags;
+	__u8 route; /* in use; 0: the kernel's choice */
+	__u8 pad;
+	__u64 last_seen_ns;
+	__u64 rules;         /* union kept_outcome */
+	__u64 verdict;       /* union verdict */
+	__u32 routed_ms;     /* latest packet of a flow that has, or shall have, a route; CLOCK_MONOTONIC, wraps */
+	__u32 hint_sequence; /* TCP: where the message began that a hint told of (hint.h) */
+	__u64 first_seen_ns;
 	__u64 message_began_ns;
+	__u64 turn_ends_bytes;
+	/* And another one here. */
+	__u64 earlier_bytes;      /* payload of all messages before the current one */
 	__u64 last_message_bytes; /* the message before the current one: size ... */
 	__u64 last_message_ns;    /* ... and duration, first to last packet */
-	__u64 first_seen_ns;
-	__u64 last_seen_ns;
-	__u8 level; /* of the latest packet with payload */
-	__u8 flags;
-	__u8 route;       /* in use; 0: the kernel's choice */
-	__u8 pad;
-	__u32 routed_ms;  /* latest packet of a flow that has, or shall have, a route; CLOCK_MONOTONIC, wraps */
-	__u64 rules;      /* union kept_outcome */
-	__u64 verdict;    /* union verdict */
 };
 
-/* Key: 5-tuple. Value: what its flow has sent so far. The least recently used entry makes room for a new one. */
-BPF_TABLE("lru_hash", struct flow_key, struct flow_state, flows, FLOW_ENTRIES);
-
 #include "work.h"
+#include "flow_table.h"
 #include "message.h"
 #include "backlog.h"
 #include "long_flow.h"
@@ -85,51 +83,46 @@ static __always_inline void start_flow(struct flow_state *fresh, const struct pa
 	fresh->next_sequence = packet->sequence;
 }
 
-/* A flow that begins with this packet, not yet in the table: looking an entry up marks it as used, and the LRU would
- * no longer tell a flow of one packet from one that goes on. */
+/* A flow that begins with this packet; it enters the table when the packet has been accounted. */
 static __always_inline struct flow_state *begin_flow(struct work *work)
 {
 	__builtin_memset(&work->beginning, 0, sizeof(work->beginning));
 	start_flow(&work->beginning, &work->packet, first_flags(&work->packet, &work->sender));
-	work->fresh = 1;
+	work->fresh = FRESH;
 	return &work->beginning;
 }
 
-/* Inserts the flow that began with this packet, its first packet accounted; the table holds it from here on. */
-static __always_inline int insert_flow(const struct packet *packet, const struct flow_state *fresh,
-				       struct counters *counters)
+/* A new flow on the ports of an old one, which leaves the table. */
+static __always_inline struct flow_state *restart_flow(struct work *work, const struct flow_state *old,
+						       struct counters *counters)
 {
-	struct flow_state *other;
-
-	if (flows.insert((struct flow_key *)&packet->key, (struct flow_state *)fresh) == 0) {
-		counters->flows_inserted++;
-		if (!(fresh->flags & FLOW_SAW_START))
-			counters->flows_midlife++;
-		return 0;
-	}
-	other = flows.lookup((struct flow_key *)&packet->key);
-	if (!other) {
-		counters->insert_failed++;
-		return -1;
-	}
-	/* Another CPU was first: what this packet carries belongs to its entry. */
-	__sync_fetch_and_add(&other->packets, fresh->packets);
-	__sync_fetch_and_add(&other->attained_bytes, fresh->attained_bytes);
-	return 0;
-}
-
-/* Replaces the whole entry at once, so that user space never reads half of the old flow and half of the new. */
-static __always_inline struct flow_state *restart_flow(const struct packet *packet, struct flow_state *old,
-						       struct finished_message *done, struct counters *counters)
-{
-	struct flow_state fresh = {};
+	struct flow_state *flow;
 
 	counters->flows_restarted++;
 	counters->restarted_bytes += old->earlier_bytes + old->attained_bytes;
-	finish_message(old, done);
-	start_flow(&fresh, packet, FLOW_SAW_START | FLOW_SAW_MESSAGE);
-	flows.update((struct flow_key *)&packet->key, &fresh);
-	return flows.lookup((struct flow_key *)&packet->key);
+	finish_message(old, &work->done);
+	leave_flow(&work->packet.key, work->hash);
+	flow = begin_flow(work);
+	work->fresh = RESTARTED;
+	return flow;
+}
+
+/* Enters the flow that began with this packet, its first packet accounted; the table holds it from here on. */
+static __always_inline struct flow_state *insert_flow(struct work *work, struct counters *counters)
+{
+	const struct flow_state *fresh = &work->beginning;
+	struct flow_state *flow = enter_flow(work, counters);
+
+	if (flow && reread(work->known)) {
+		/* Another CPU was first: what this packet carries belongs to its entry. */
+		__sync_fetch_and_add(&flow->packets, fresh->packets);
+		__sync_fetch_and_add(&flow->attained_bytes, fresh->attained_bytes);
+	} else if (work->fresh == FRESH) {
+		counters->flows_inserted++;
+		if (!(fresh->flags & FLOW_SAW_START))
+			counters->flows_midlife++;
+	}
+	return flow;
 }
 
 static __always_inline void see_flow(const struct packet *packet, struct flow_state *flow, __u64 now_ns,
@@ -156,7 +149,7 @@ static __always_inline struct flow_state *account(struct __sk_buff *skb, struct 
 {
 	const struct packet *packet = &work->packet;
 	struct sender *sender = &work->sender;
-	struct flow_state *flow = flows.lookup((struct flow_key *)&packet->key);
+	struct flow_state *flow;
 	struct hint *hint = 0;
 	__u64 now_ns, silent_ns, attained_bytes;
 
@@ -165,6 +158,8 @@ static __always_inline struct flow_state *account(struct __sk_buff *skb, struct 
 	work->begins = 0;
 	work->fresh = 0;
 	work->level = 0;
+	work->hash = hash_of(&packet->key);
+	flow = find_flow(&packet->key, work->hash);
 	ask_socket(skb, packet, sender);
 	if (!flow) {
 		int begins_flow = packet->payload_bytes || (packet->tcp_flags & (TCP_SYN | TCP_RST)) == TCP_SYN;
@@ -185,13 +180,8 @@ static __always_inline struct flow_state *account(struct __sk_buff *skb, struct 
 			work->level = last_level(settings);
 			return 0;
 		}
-		if (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED) {
-			flow = restart_flow(packet, flow, &work->done, counters);
-			if (!flow) {
-				counters->insert_failed++;
-				return 0;
-			}
-		}
+		if (flow->attained_bytes || flow->earlier_bytes || flow->flags & FLOW_ENDED)
+			flow = restart_flow(work, flow, counters);
 	}
 	now_ns = reread(sender->sent_ns);
 	if (!now_ns)

@@ -31,6 +31,9 @@
 /* The value as it is in memory, not as compiler or verifier remember it. */
 #define reread(place) (*(volatile __typeof__(place) *)&(place))
 
+/* What stands before it in memory is written before what stands behind it. */
+#define barrier() asm volatile("" ::: "memory")
+
 /* The offset of a header behind Ethernet's, with what the verifier has forgotten: its bounds and alignment. */
 #define header_offset(place, mask) (ETH_HLEN + (reread(place) - ETH_HLEN & (mask)))
 
@@ -51,7 +54,36 @@ struct flow_key {
 	__u16 destination_port;
 	__u8 protocol;
 	__u8 pad[3]; /* always 0: it is part of the hashed key */
+} __attribute__((aligned(8)));
+
+/* Keys are written a word at a time, as they are read (flow_table.h): a load that spans two stores waits until both have
+ * left the CPU's store buffer, and they wait for whatever a packet before this one waits for. */
+union key_word {
+	__u64 word;
+	__be32 address[2];
+	struct {
+		__u16 source_port;
+		__u16 destination_port;
+		__u8 protocol;
+		__u8 pad[3];
+	};
 };
+
+#define KEY_WORDS (sizeof(struct flow_key) / sizeof(__u64))
+#define ADDRESS_WORDS 2
+#define PORTS_WORD (2 * ADDRESS_WORDS)
+
+static __always_inline __u64 *key_words(const struct flow_key *key)
+{
+	return (__u64 *)key;
+}
+
+static __always_inline __u64 two_of_an_address(__be32 first, __be32 second)
+{
+	union key_word both = {.address = {first, second}};
+
+	return both.word;
+}
 
 enum fragment {
 	WHOLE,
@@ -80,6 +112,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	__u32 offset = header_offset(packet->transport_offset, NETWORK_BYTES_MASK);
 	__u32 ip_payload_bytes = reread(packet->transport_bytes);
 	__u32 header_bytes = sizeof(struct udphdr);
+	union key_word ports = {};
 
 	/* A GSO packet carries one set of headers and the payload of all segments; its IP length is no guide
 	 * (0 beyond 64 KB). Any other packet may be padded behind what its IP header says. */
@@ -92,14 +125,15 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 		packet->payload_bytes = ip_payload_bytes;
 		return PARSED;
 	}
-	if (reread(packet->key.protocol) == IPPROTO_TCP) {
+	ports.protocol = reread(packet->key.protocol);
+	if (ports.protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = data + offset;
 		__u8 *bytes = data + offset;
 
 		if ((void *)(tcp + 1) > data_end)
 			return NEEDS_PULL;
-		packet->key.source_port = bpf_ntohs(tcp->source);
-		packet->key.destination_port = bpf_ntohs(tcp->dest);
+		ports.source_port = bpf_ntohs(tcp->source);
+		ports.destination_port = bpf_ntohs(tcp->dest);
 		packet->sequence = bpf_ntohl(tcp->seq);
 		packet->tcp_flags = bytes[13];
 		header_bytes = (bytes[12] >> 4) * 4;
@@ -110,9 +144,10 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 
 		if ((void *)(udp + 1) > data_end)
 			return NEEDS_PULL;
-		packet->key.source_port = bpf_ntohs(udp->source);
-		packet->key.destination_port = bpf_ntohs(udp->dest);
+		ports.source_port = bpf_ntohs(udp->source);
+		ports.destination_port = bpf_ntohs(udp->dest);
 	}
+	key_words(&packet->key)[PORTS_WORD] = ports.word;
 	if (ip_payload_bytes < header_bytes)
 		return MALFORMED;
 	packet->payload_bytes = ip_payload_bytes - header_bytes;
@@ -125,6 +160,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	void *data_end = (void *)(long)skb->data_end;
 	__u32 offset = header_offset(packet->network_offset, TAG_BYTES_MASK);
 	struct iphdr *ip = data + offset;
+	__u64 *words = key_words(&packet->key);
 	__u32 header_bytes, total_bytes;
 	__u16 fragment_bits;
 
@@ -144,10 +180,8 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 		packet->fragment_id = ip->id;
 	}
 
-	packet->key.source[2] = bpf_htonl(0xffff);
-	packet->key.source[3] = ip->saddr;
-	packet->key.destination[2] = bpf_htonl(0xffff);
-	packet->key.destination[3] = ip->daddr;
+	words[1] = two_of_an_address(bpf_htonl(0xffff), ip->saddr);
+	words[ADDRESS_WORDS + 1] = two_of_an_address(bpf_htonl(0xffff), ip->daddr);
 	packet->key.protocol = ip->protocol;
 	packet->dscp = ip->tos >> 2;
 	packet->transport_offset = offset + header_bytes;
@@ -219,6 +253,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 	void *data_end = (void *)(long)skb->data_end;
 	__u32 offset = header_offset(packet->network_offset, TAG_BYTES_MASK);
 	struct ipv6hdr *ip = data + offset;
+	__u64 *words = key_words(&packet->key);
 	__u8 protocol;
 	int i, result;
 
@@ -227,9 +262,10 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 	if (ip->version != 6)
 		return MALFORMED;
 #pragma unroll
-	for (i = 0; i < 4; i++) {
-		packet->key.source[i] = ip->saddr.in6_u.u6_addr32[i];
-		packet->key.destination[i] = ip->daddr.in6_u.u6_addr32[i];
+	for (i = 0; i < ADDRESS_WORDS; i++) {
+		words[i] = two_of_an_address(ip->saddr.in6_u.u6_addr32[2 * i], ip->saddr.in6_u.u6_addr32[2 * i + 1]);
+		words[ADDRESS_WORDS + i] =
+			two_of_an_address(ip->daddr.in6_u.u6_addr32[2 * i], ip->daddr.in6_u.u6_addr32[2 * i + 1]);
 	}
 	packet->dscp = (bpf_ntohs(*(__be16 *)ip) >> 6) & 0x3f;
 	packet->ipv6 = 1;

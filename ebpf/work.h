@@ -13,6 +13,9 @@ struct finished_message {
 	__u64 duration_ns;
 };
 
+#define FRESH 1
+#define RESTARTED 2 /* its entry has just left */
+
 struct work {
 	struct packet packet;
 	struct sender sender;
@@ -23,10 +26,13 @@ struct work {
 	__u8 level;                   /* what the packet gets: this level, */
 	__u8 treatment;               /* what a rule said, TREAT_SCHEDULE if none did, */
 	__u8 route;                   /* and this route; 0: the kernel's */
-	__u8 fresh;                   /* `beginning` is to be inserted */
-	__u8 pad[2];
-	__u32 new_bytes; /* what it adds to its message; 1 if it is sent again */
-	__u32 pad2;
+	__u8 fresh;                   /* FRESH, RESTARTED: `beginning` is to enter the table */
+	__u8 known;                   /* another CPU has entered this packet's flow meanwhile */
+	__u8 pad;
+	__u32 new_bytes;              /* what it adds to its message; 1 if it is sent again */
+	__u32 way;                    /* the place in a bucket that its flow enters, */
+	__u64 rank;                   /* and the rank of the flow that has to go for it; 0: none (flow_table.h) */
+	__u64 hash;                   /* of the packet's key */
 	/* These two stay from packet to packet. */
 	__u64 tick;    /* jiffies when the clock was read */
 	__u64 tick_ns; /* what it said, CLOCK_MONOTONIC */

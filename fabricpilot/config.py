@@ -62,7 +62,7 @@ class DatapathSection(Section, frozen=True, kw_only=True):
     # attained: level by bytes sent; backlog: by bytes written to a local TCP socket; auto: backlog where it can be had
     mode: Literal["auto", "backlog", "attained"] = "auto"
     respect_dscp: bool = True  # a packet that already carries a foreign DSCP keeps it (it is counted)
-    flow_entries: int = 131_072  # flow table size; the least recently used entry makes room
+    flow_entries: int = 131_072  # places in the flow table; a full one makes room for new flows
     idle_timeout_s: float = 30.0  # a flow silent for so long has ended, and leaves the table
     message_gap_us: int = 500  # least silence between two messages of a local TCP socket; twice its RTT if longer
     blind_message_gap_ms: int = 200  # the same for flows without a local TCP socket: forwarded ones, UDP

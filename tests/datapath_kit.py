@@ -23,8 +23,9 @@ import numpy as np
 from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLOW_KEY_DTYPE
 from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.flow_table import BUCKET_DTYPE, TAGS_DTYPE
 from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, SETTINGS_DTYPE
-from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN, RUN_BY_US
 from hostagent.datapath.source import PROGRAM
 
 TC_ACT_UNSPEC = 0xFFFFFFFF
@@ -86,7 +87,7 @@ def start_agent(code: str, *arguments: str) -> subprocess.Popen[str]:
 def bpf_objects(*pin_dirs: Path) -> set[tuple[str, int]]:
     """Kind and id of the programs and maps that are pinned in some folders, and of the maps those programs use."""
     found = set()
-    programs = {PROGRAM_PIN, *CGROUP_PROGRAMS}
+    programs = {PROGRAM_PIN, *RUN_BY_US, *CGROUP_PROGRAMS}
     for pin in [path for directory in pin_dirs if directory.is_dir() for path in directory.iterdir()]:
         if pin.name.rpartition("_")[0] in programs:
             continue  # a link of one of the programs to a cgroup or an interface
@@ -202,7 +203,6 @@ class KernelSender:
         self._sequences.clear()
         self.datapath._ensure_loaded()
         self.datapath.forget(self.datapath.flows().keys)
-        self.datapath._evicted = 0
         maps = self.datapath._pins.maps
         zero = np.zeros(1, np.uint32)
         for name, dtype in (("counters", COUNTERS_DTYPE), ("finished", FINISHED_DTYPE)):
@@ -250,6 +250,23 @@ class KernelSender:
         if segments == 1:
             return self.run(frame)
         return self.run(frame, gso_size=-(-payload_bytes // segments), gso_segs=segments)
+
+
+def elements(datapath: EbpfDatapath, name: str, dtype: np.dtype):
+    """All of an array map, shape (n,)."""
+    fd = datapath.map_fd(name)
+    values = np.zeros(bpf.map_sizes(fd)[2], dtype)
+    for row in range(len(values)):
+        bpf.lookup(fd, np.array([row], np.uint32), values[row : row + 1])
+    return values
+
+
+def overwrite_state(datapath: EbpfDatapath, state) -> None:
+    """Give the only flow in the table another state (FLOW_STATE_DTYPE, shape (1,))."""
+    [[bucket, way]] = np.argwhere(elements(datapath, "flow_tags", TAGS_DTYPE)["tags"])
+    value = elements(datapath, "flows", BUCKET_DTYPE)[bucket : bucket + 1]
+    value["flow"]["state"][0, way] = state[0]
+    bpf.update(datapath.map_fd("flows"), np.array([bucket], np.uint32), value)
 
 
 def build_frame(key, payload_bytes=0, *, syn=False, fin=False, rst=False, dscp=0, sequence=0) -> bytes:

@@ -36,21 +36,21 @@ FLOW_STATE_DTYPE = np.dtype(
         ("packets", "<u8"),
         ("last_data_ns", "<u8"),  # latest packet with payload
         ("next_sequence", "<u4"),
-        ("hint_sequence", "<u4"),
-        ("turn_ends_bytes", "<u8"),
-        ("earlier_bytes", "<u8"),  # of all messages before the current one
-        ("message_began_ns", "<u8"),
-        ("last_message_bytes", "<u8"),  # the message before the current one; 0: there was none, or it is unknown
-        ("last_message_ns", "<u8"),
-        ("first_seen_ns", "<u8"),
-        ("last_seen_ns", "<u8"),
         ("level", "u1"),
         ("flags", "u1"),
         ("route", "u1"),  # in use; 0: the kernel's choice
         ("pad", "u1"),
-        ("routed_ms", "<u4"),
+        ("last_seen_ns", "<u8"),
         ("rules", "<u8"),  # KEPT_OUTCOME_DTYPE in rules.py: what the operator's rules say
         ("verdict", "<u8"),  # VERDICT_DTYPE in verdicts.py: what central says
+        ("routed_ms", "<u4"),
+        ("hint_sequence", "<u4"),
+        ("first_seen_ns", "<u8"),
+        ("message_began_ns", "<u8"),
+        ("turn_ends_bytes", "<u8"),
+        ("earlier_bytes", "<u8"),  # of all messages before the current one
+        ("last_message_bytes", "<u8"),  # the message before the current one; 0: there was none, or it is unknown
+        ("last_message_ns", "<u8"),
     ]
 )
 

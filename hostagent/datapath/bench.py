@@ -7,6 +7,8 @@ fastest round of each counts, since whatever else runs on the machine only ever 
     hit_right_mark   the same, mark right already          rule     hit of a flow that a rule pins to a level
     ack, not_ip      no payload; nothing to account        verdict  hit of a flow with a verdict
     tables           hits among 1 k, 128 k and 1 M flows, in the order of their insertion and at random
+    random load      one load that waits for the one before, from as much memory as the table of 1 M takes
+                     (bench_memory.py): the least that a flow at random costs on this machine
     prototype        a hit of the least that counts and tags (bench_prototype.py), so that machines can be compared;
                      prototype_coarse: the same with the clock of the latest timer tick
 
@@ -50,6 +52,9 @@ def dataplane(repeat: int, rounds: int, flows: int, seconds: int, live: bool, as
     for count, order in result["tables"].items():
         for name, value in order.items():
             click.echo(f"{count + ' ' + name:>16}  {value:6d} ns per packet, {count} flows")
+    click.echo(
+        f"{'random load':>16}  {result['ns_per_random_load']:6d} ns each, from memory of the largest table's size"
+    )
     click.echo(f"{'verifier':>16}  {result['verified_instructions']:6d} instructions walked")
     for variant, value in result.get("ns_per_64_kib", {}).items():
         click.echo(f"{variant:>16}  {value:6d} ns per 64 KiB sent" + ("" if variant == "bare" else " more than bare"))
@@ -75,6 +80,7 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
         KernelError: there is no bpf(2) or no bcc here.
     """
     from hostagent.datapath import bpf_syscall as bpf
+    from hostagent.datapath.bench_memory import random_load_ns
     from hostagent.datapath.bench_prototype import Prototypes
     from hostagent.datapath.bench_settings import ROOM, settings
     from hostagent.datapath.bench_visit import Visitor
@@ -95,6 +101,7 @@ def measure(repeat: int, rounds: int, flows: int) -> dict[str, Any]:
                         str(count): _table(visitor, program, count, repeat, rounds)
                         for count in sorted({min(count, largest) for count in _FLOWS})
                     },
+                    "ns_per_random_load": random_load_ns(int(largest * ROOM), repeat, rounds),
                     "verified_instructions": bpf.prog_verified(program),
                     "repeat": repeat,
                     "rounds": rounds,

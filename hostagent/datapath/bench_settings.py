@@ -6,7 +6,7 @@ from fabricpilot.levels import default_dscp, default_thresholds
 from hostagent.datapath.base import MessageRule, Settings
 
 _NEVER_NS: Final = 3600 * 10**9
-ROOM: Final = 4 / 3  # table size over flows in it: the kernel keeps some free entries with each CPU
+ROOM: Final = 2.0
 
 
 def settings() -> Settings:

@@ -27,9 +27,10 @@ from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import pins as pinned
 from hostagent.datapath import upgrade
 from hostagent.datapath.backlog_offsets import KERNEL_BTF
-from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, FinishedMessages, FlowTable, Settings, SocketRule
+from hostagent.datapath.base import FinishedMessages, FlowTable, Settings, SocketRule
 from hostagent.datapath.bpffs import check_path, ensure_bpffs, holds, unmount_if_unused
 from hostagent.datapath.cgroup_links import SETSOCKOPT, SOCK_OPS, attach_to_cgroups, hand_over
+from hostagent.datapath.flow_table import BUCKET_DTYPE, COPIES_DTYPE, TAGS_DTYPE, forget_flows, read_flows
 from hostagent.datapath.hook import Hook, Interface, find_interface, interface_names
 from hostagent.datapath.hooks import AUTO, Hooks
 from hostagent.datapath.layout import (
@@ -42,7 +43,7 @@ from hostagent.datapath.layout import (
     pack_settings,
     unpack_settings,
 )
-from hostagent.datapath.pinned_names import MAPS
+from hostagent.datapath.pinned_names import FORGET_PIN, MAPS, READ_PIN
 from hostagent.datapath.pins import Pins
 from hostagent.datapath.source import fingerprint, map_layouts
 
@@ -50,7 +51,9 @@ log = logging.getLogger(__name__)
 
 _ZERO: Final = np.zeros(1, np.uint32)
 _READ: Final = {
-    "flows": FLOW_STATE_DTYPE,
+    "flows": BUCKET_DTYPE,
+    "flow_tags": TAGS_DTYPE,
+    "flow_copies": COPIES_DTYPE,
     "slots": SETTINGS_DTYPE,
     "counters": COUNTERS_DTYPE,
     "finished": FINISHED_DTYPE,
@@ -87,8 +90,6 @@ class EbpfDatapath:
         self._layouts = {name: layout for name, layout in map_layouts().items() if name in MAPS}
         self._claim: int | None = None
         self._ipr: IPRoute | None = None
-        self._evicted = 0
-        self._last_flows = 0
         self.capabilities = kernel_capabilities()
         self._pins = Pins.open(pin_dir)
         if self._pins is not None and not pinned.check_namespace(self._pins):
@@ -199,16 +200,9 @@ class EbpfDatapath:
         pins = self._readable()
         if pins is None:
             return FlowTable.empty(read_at_ns)
-        # What was inserted, and neither forgotten nor read, made room for others: the kernel does not count evictions.
-        # Inserts during the read hide some until the next one, so the count never runs ahead, nor back.
-        identity = pins.identity()[0]
-        inserted = int(self._kernel_counters(pins)["flows_inserted"]) + int(identity["flows_carried"])
-        inserted -= int(identity["flows_forgotten"])
-        # A quarter more than last time, so that the arrays seldom have to grow while the kernel fills them.
-        expected = self._last_flows + self._last_flows // 4
-        keys, states = bpf.lookup_all(pins.maps["flows"], FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, expected)
-        self._last_flows = len(keys)
-        self._evicted = max(self._evicted, inserted - len(keys))
+        buckets = bpf.map_sizes(pins.maps["flow_tags"])[2]
+        with self._alone():
+            keys, states = read_flows(pins.maps[READ_PIN], pins.maps["flow_copies"], buckets)
         return FlowTable(keys, states, read_at_ns)
 
     def forget(self, keys: npt.NDArray[np.void]) -> int:
@@ -216,7 +210,7 @@ class EbpfDatapath:
         pins = self._readable()
         if pins is None or len(keys) == 0:
             return 0
-        forgotten = bpf.delete_all(pins.maps["flows"], keys)
+        forgotten = forget_flows(pins.maps[FORGET_PIN], keys)
 
         def count(identity: npt.NDArray[np.void]) -> None:
             identity["flows_forgotten"] += forgotten
@@ -234,7 +228,6 @@ class EbpfDatapath:
         named = name_counters(total, settings.thresholds.levels if settings else MAX_LEVELS)
         identity = pins.identity()[0]
         named["flows_forgotten"] = int(identity["flows_forgotten"])
-        named["flows_evicted"] = self._evicted  # as of the last read of the flow table
         named["fresh_starts"] = int(identity["fresh_starts"])
         named["upgrades"] = int(identity["upgrades"])
         return named
@@ -356,7 +349,6 @@ class EbpfDatapath:
             os.close(self._claim)
         self._claim = claim
         self._pins = loaded.pins
-        self._evicted = 0
         return loaded.pins
 
     def _put(self, pins: Pins, settings: Settings) -> None:
@@ -386,6 +378,12 @@ class EbpfDatapath:
     def _exclusive(self) -> Iterator[None]:
         """One process at a time changes what is pinned here."""
         ensure_bpffs(self.pin_dir)
+        with self._alone():
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time is in here, of those whose pins are beside each other."""
         directory = os.open(self.pin_dir.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fabricpilot.errors import KernelError
-from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, LONG_FLOW_RING, MAPS, PROGRAM_PIN
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, LONG_FLOW_RING, MAPS, PROGRAM_PIN, RUN_BY_US
 from hostagent.datapath.source import PROGRAM, STUB_KERNEL_DIR, program_source
 
 _TIMEOUT_S: Final = 60.0
@@ -159,7 +159,8 @@ def _compile_and_load(
             on_cgroups[pin] = module.load_func(function.encode(), kind, attach_type=attach_type).fd
     if pin_dir is not None:
         ring = bcc.lib.bpf_table_fd(module.module, LONG_FLOW_RING.encode())
-        _pin(pin_dir, {PROGRAM_PIN: program.fd, **on_cgroups, **maps, LONG_FLOW_RING: ring})
+        by_us = {pin: module.load_func(name.encode(), bcc.BPF.SCHED_CLS).fd for pin, name in RUN_BY_US.items()}
+        _pin(pin_dir, {PROGRAM_PIN: program.fd, **by_us, **on_cgroups, **maps, LONG_FLOW_RING: ring})
     return {
         "ok": True,
         "blind": blind,

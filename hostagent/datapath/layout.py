@@ -71,6 +71,7 @@ SINGLE_COUNTERS = (
     "routed",
     "route_unusable",
     "flows_inserted",
+    "flows_evicted",
     "flows_midlife",
     "flows_restarted",
     "restarted_bytes",
@@ -78,7 +79,6 @@ SINGLE_COUNTERS = (
     "turns",
     "over_share",
     "flowless",
-    "insert_failed",
     "write_failed",
     "long_untold",
 )
@@ -164,6 +164,6 @@ def counter_names(levels: int) -> tuple[str, ...]:
     return (*name_counters(np.zeros((), COUNTERS_DTYPE), levels), *BOOKKEEPING_COUNTERS)
 
 
-# Counted by user space: entries dropped by `forget`, entries that made room for others, how often the flow table had
+# Counted by user space: entries dropped by `forget`, how often the flow table had
 # to be started afresh because a new version's differs, and how often another version took over at all.
-BOOKKEEPING_COUNTERS = ("flows_forgotten", "flows_evicted", "fresh_starts", "upgrades")
+BOOKKEEPING_COUNTERS = ("flows_forgotten", "fresh_starts", "upgrades")

@@ -32,15 +32,14 @@ _SETS: Final = (*(f"sent_{direction}" for direction in DIRECTIONS), "midlife")
 _HOOK_PRIORITY: Final = -140
 VERSION: Final = 1  # of chains, sets and state; another one is replaced as a whole
 
-# Why a packet was left alone, beside the reasons all data paths share.
-OWN_COUNTERS: Final = ("untracked_notrack", "untracked_invalid")
+# Beside the counters that all data paths share: why a packet was left alone, and packets without an entry.
+OWN_COUNTERS: Final = ("untracked_notrack", "untracked_invalid", "insert_failed")
 COUNTERS: Final = (
     *(f"level_{level}" for level in range(MAX_LEVELS)),
     "top",
     "foreign_dscp",
     "observed",
     "untagged",
-    "insert_failed",
     "untracked_other_protocol",
     *OWN_COUNTERS,
 )

@@ -3,8 +3,15 @@
 from typing import Final
 
 PROGRAM_PIN: Final = "egress"
+# Programs that user space runs itself, by pin: function.
+READ_PIN: Final = "read"
+FORGET_PIN: Final = "forget"
+RUN_BY_US: Final = {READ_PIN: "fabricpilot_read", FORGET_PIN: "fabricpilot_forget"}
 MAPS: Final = (
     "flows",
+    "flow_tags",
+    "flow_hash",
+    "flow_copies",
     "slots",
     "active",
     "counters",

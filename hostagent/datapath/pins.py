@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from fabricpilot.errors import KernelError, UsageError
 from hostagent.datapath import bpf_syscall as bpf
-from hostagent.datapath.pinned_names import LONG_FLOW_RING, MAPS, PROGRAM_PIN
+from hostagent.datapath.pinned_names import LONG_FLOW_RING, MAPS, PROGRAM_PIN, RUN_BY_US
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ IDENTITY_DTYPE: Final = np.dtype(
         ("fresh_starts", "<u8"),  # how often the flow table of another version could not be kept
         # Only ever append here: a shorter record of an earlier version reads as zeros.
         ("upgrades", "<u8"),  # how often another version took over in place
-        ("flows_carried", "<u8"),  # flows that were in the table when the counters last began at 0
+        ("unused", "<u8"),
         ("sees_backlog", "<u8"),  # 1: the program knows where this kernel keeps what a socket has to send
     ]
 )
@@ -53,13 +53,15 @@ _MAX_MAPS: Final = 64
 # and verdicts were applied to them by generation, and `steering` counts the generations.
 _STEERING: Final = ("steering", "prefixes", "rule_sets", "verdicts")
 _COMPANIONS: Final = {
-    "flows": _STEERING,
+    "flows": (*_STEERING, "flow_tags", "flow_hash"),
+    "flow_tags": ("flows",),
+    "flow_hash": ("flows",),
     "counters": ("flows",),
     "slots": ("active",),
     "active": ("slots",),
     **dict.fromkeys(_STEERING, _STEERING),
 }
-_OPENED: Final = (*MAPS, LONG_FLOW_RING, "layouts")  # those of another version may lack some
+_OPENED: Final = (*MAPS, *RUN_BY_US, LONG_FLOW_RING, "layouts")  # those of another version may lack some
 _ZERO: Final = np.zeros(1, np.uint32)
 
 
@@ -69,7 +71,7 @@ class Pins:
 
     directory: Path
     program: int
-    maps: dict[str, int]  # of another version: those that this one knows by name
+    maps: dict[str, int]  # and the programs that we run; of another version: those that this one knows by name
     layouts: dict[str, bytes]
 
     @classmethod
@@ -198,14 +200,7 @@ def _successor(before: Pins, kept: Collection[str]) -> npt.NDArray[np.void]:
         identity["fresh_starts"] += 1
     if "counters" not in kept:
         identity["flows_forgotten"] = 0
-        identity["flows_carried"] = _count(before.maps["flows"]) if "flows" in kept else 0
     return identity
-
-
-def _count(fd: int) -> int:
-    key_bytes, value_bytes, _ = bpf.map_sizes(fd)
-    keys, _ = bpf.lookup_all(fd, np.dtype([("raw", "u1", key_bytes)]), np.dtype([("raw", "u1", value_bytes)]), 0)
-    return len(keys)
 
 
 def _create_pinned(

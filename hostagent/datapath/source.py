@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
+from hostagent.datapath.flow_table import BUCKET_DTYPE, BUCKET_FLOWS
 from hostagent.datapath.layout import COUNTERS_DTYPE, FINISHED_DTYPE, LONG_FLOW_DTYPE, SETTINGS_DTYPE
 
 EBPF_DIR = Path(__file__).resolve().parents[2] / "ebpf"
@@ -25,14 +25,14 @@ _OWN_INCLUDE = re.compile(r'#include "([\w.]+)"')
 def program_source(
     flow_entries: int, directory: Path = EBPF_DIR, macros: Mapping[str, int] = MappingProxyType({})
 ) -> str:
-    """The whole program as one C text, with a flow table of `flow_entries`.
+    """The whole program as one C text, with a flow table of `flow_entries`, rounded up to whole buckets.
 
     Args:
         flow_entries: size of the flow table.
         directory: where the sources are.
         macros: further numbers to define; what the running kernel decides, so not part of the fingerprint.
     """
-    defined = {"FLOW_ENTRIES": flow_entries, **macros}
+    defined = {"FLOW_BUCKETS": max(1, -(-flow_entries // BUCKET_FLOWS)), **macros}
     head = [f"#define {name} {value}" for name, value in defined.items()]
     return "\n".join([*head, *_inlined("egress.c", directory, set())]) + "\n"
 
@@ -51,7 +51,7 @@ def _inlined(name: str, directory: Path, seen: set[str]) -> list[str]:
 
 def fingerprint(flow_entries: int) -> bytes:
     """32 bytes that are equal exactly when program and maps are."""
-    dtypes = (FLOW_KEY_DTYPE, FLOW_STATE_DTYPE, SETTINGS_DTYPE, COUNTERS_DTYPE, FINISHED_DTYPE, LONG_FLOW_DTYPE)
+    dtypes = (BUCKET_DTYPE, SETTINGS_DTYPE, COUNTERS_DTYPE, FINISHED_DTYPE, LONG_FLOW_DTYPE)
     layouts = [dtype.descr for dtype in dtypes]
     return hashlib.sha256(f"{layouts}\n{program_source(flow_entries)}".encode()).digest()
 

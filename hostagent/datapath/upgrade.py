@@ -22,6 +22,7 @@ from pyroute2 import IPRoute
 from fabricpilot.errors import KernelError
 from hostagent.datapath import pins as pinned
 from hostagent.datapath.ebpf_loader import load
+from hostagent.datapath.flow_table import draw_hash
 from hostagent.datapath.hook import Hook, Interface, interface_names
 from hostagent.datapath.pins import Pins
 
@@ -64,6 +65,8 @@ def load_beside(
         pins = Pins.open(new)
         if pins is None:
             raise KernelError(f"{new} vanished while the data path was loaded; is something else removing pins?")
+        if "flows" not in kept:
+            draw_hash(pins.maps["flow_hash"])
         undo.pop_all()
     log.info("loaded the BPF program: %s instructions in %s s", said["instructions"], said["seconds"])
     if said["blind"]:

@@ -42,7 +42,7 @@ def loaded(
             directory = root / f"of_{flow_entries}"
             directory.mkdir()
             ebpf_loader.load(directory, flow_entries)
-            names = (ebpf_loader.PROGRAM_PIN, *ebpf_loader.MAPS)
+            names = (ebpf_loader.PROGRAM_PIN, *ebpf_loader.RUN_BY_US, *ebpf_loader.MAPS)
             pinned[flow_entries] = {name: bpf.obj_get(directory / name) for name in names}
             objects |= bpf_objects(directory)
         yield pinned, objects

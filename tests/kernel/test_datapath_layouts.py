@@ -6,6 +6,7 @@ import pytest
 from datapath_kit import run
 
 from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
+from hostagent.datapath.flow_table import BUCKET_DTYPE, COPIES_DTYPE, FLOW_DTYPE, HASH_DTYPE, TAGS_DTYPE
 from hostagent.datapath.layout import (
     COUNTERS_DTYPE,
     FINISHED_DTYPE,
@@ -39,6 +40,11 @@ def btf_layout(pin, struct: str) -> tuple[int, dict[str, tuple[int, int]]]:
     [
         ("flows", "flow_key", FLOW_KEY_DTYPE),
         ("flows", "flow_state", FLOW_STATE_DTYPE),
+        ("flows", "flow", FLOW_DTYPE),
+        ("flows", "flow_bucket", BUCKET_DTYPE),
+        ("flow_tags", "flow_tags", TAGS_DTYPE),
+        ("flow_hash", "flow_hash", HASH_DTYPE),
+        ("flow_copies", "flow_copies", COPIES_DTYPE),
         ("slots", "settings", SETTINGS_DTYPE),
         ("counters", "counters", COUNTERS_DTYPE),
         ("steering", "steering", STEERING_DTYPE),

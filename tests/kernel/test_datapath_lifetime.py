@@ -28,6 +28,7 @@ from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath import ebpf, open_datapath, tc_filter
 from hostagent.datapath.base import Settings
 from hostagent.datapath.ebpf import EbpfDatapath
+from hostagent.datapath.flow_table import BUCKET_FLOWS
 from hostagent.datapath.pinned_names import MAPS
 
 SETTINGS = Settings(Thresholds((1000, 5000, 20000)), (32, 24, 16, 8), (11, 12, 13, 14))
@@ -308,10 +309,10 @@ def test_another_table_size_is_a_fresh_start_and_is_counted(pin_dir, nic, hook, 
     assert second.attached() == ["nic0"]
     with caplog.at_level(logging.WARNING):
         second.attach("nic0")
-    assert "begun afresh: counters, flows" in caplog.text
+    assert "begun afresh: counters, flow_hash, flow_tags, flows" in caplog.text
     assert second.settings() == SETTINGS
     assert (second.counters()["fresh_starts"], second.counters()["upgrades"]) == (1, 1)
-    assert bpf.map_sizes(second._pins.maps["flows"])[2] == 8192
+    assert bpf.map_sizes(second._pins.maps["flows"])[2] == 8192 // BUCKET_FLOWS
     assert second.attached() == ["nic0"]
     assert ways() == [hook]
     second.detach()  # knows that clsact was ours, though the first one made it

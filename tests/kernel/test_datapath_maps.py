@@ -114,8 +114,8 @@ def test_evictions_are_counted(kernel_sender):
     table = kernel_sender.datapath.flows()
     counters = kernel_sender.datapath.counters()
     assert counters["flows_inserted"] == 6000
-    assert counters["insert_failed"] == 0
     assert counters["flows_evicted"] == 6000 - len(table) >= 6000 - 4096
+    assert len(table) > 0.95 * 4096  # full but for a bucket or two that nobody chose so far
 
 
 def test_settings_never_tear(kernel_sender):

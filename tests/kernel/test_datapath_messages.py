@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from datapath_kit import flow_key, in_netns, run
+from datapath_kit import flow_key, in_netns, overwrite_state, run
 from datapath_wire import (
     ADDRESSES,
     PORT,
@@ -26,7 +26,6 @@ from datapath_wire import (
 
 from fabricpilot.histogram import LogHistogram
 from fabricpilot.levels import Thresholds
-from hostagent.datapath import bpf_syscall as bpf
 from hostagent.datapath.base import FLAG_SAW_MESSAGE, FLAG_SAW_START, FLOW_STATE_DTYPE, MessageRule
 from hostagent.datapath.layout import LONG_FLOW_DTYPE
 from hostagent.datapath.pinned_names import LONG_FLOW_RING
@@ -241,13 +240,14 @@ def test_bins_in_the_kernel_are_those_of_the_histogram(kernel_sender):
     kernel_sender.datapath.apply(replace(BY_MESSAGE, messages=MessageRule(blind_gap_ns=1)))
     rng = np.random.default_rng(1)
     values = [*range(1, 130), *(int(2**e) for e in rng.uniform(0, 46, 300)), 2**46 - 1, 2**50]
-    key, flows = flow_key(protocol=17), kernel_sender.datapath.map_fd("flows")
+    key = flow_key(protocol=17)
+    kernel_sender.send(key, 1)
     expected = LogHistogram.of(np.minimum(values, 2**46 - 1))
     for value in values:
         state = np.zeros(1, FLOW_STATE_DTYPE)
         state["attained_bytes"], state["flags"] = value, FLAG_SAW_START | FLAG_SAW_MESSAGE
         state["message_began_ns"], state["last_data_ns"] = 1000, 1000 + 1000 * min(value, 2**30)
-        bpf.update(flows, key.reshape(1), state)
+        overwrite_state(kernel_sender.datapath, state)
         kernel_sender.send(key, 1)
     finished = kernel_sender.datapath.finished_messages()
     assert finished.sizes.sum() == finished.durations.sum() == len(values)

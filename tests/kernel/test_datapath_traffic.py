@@ -52,7 +52,7 @@ def test_every_packet_of_a_tcp_flow_carries_the_mark_its_bytes_demand(host, vers
     counters = host.datapath.counters()
     sent_bytes = SIZE_BYTES + sent_again(capture.packets)
     assert sum(counters[f"bytes_level_{level}"] for level in range(4)) == sent_bytes
-    assert counters["write_failed"] == counters["insert_failed"] == counters["untracked_malformed"] == 0
+    assert counters["write_failed"] == counters["flows_evicted"] == counters["untracked_malformed"] == 0
 
 
 def test_ecn_of_a_socket_survives(host):

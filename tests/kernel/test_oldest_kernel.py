@@ -10,7 +10,7 @@ import json
 import pytest
 from datapath_kit import run, start_agent
 
-from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN
+from hostagent.datapath.pinned_names import CGROUP_PROGRAMS, PROGRAM_PIN, RUN_BY_US
 
 OLDEST = (5, 15)
 
@@ -26,6 +26,8 @@ HELPERS = {  # by number, which is ABI
     49: ("setsockopt", (4, 13)),
     79: ("skb_cgroup_id", (4, 18)),
     83: ("skb_ancestor_cgroup_id", (4, 19)),
+    93: ("spin_lock", (5, 1)),
+    94: ("spin_unlock", (5, 1)),
     95: ("sk_fullsock", (5, 1)),
     96: ("tcp_sock", (5, 1)),
     107: ("sk_storage_get", (5, 3)),  # 5.2; programs on setsockopt came with 5.3
@@ -56,7 +58,7 @@ FROM_MEMORY = 0x60  # mode of a load without sign extension; with one, and signe
 COMPILE = """
 import json
 from hostagent.datapath import ebpf_loader as loader
-functions = [loader.PROGRAM, *(made[0] for made in loader.CGROUP_PROGRAMS.values())]
+functions = [loader.PROGRAM, *loader.RUN_BY_US.values(), *(made[0] for made in loader.CGROUP_PROGRAMS.values())]
 for macros in (loader.backlog_macros()[0], {}):
     _, module = loader.compiled(1024, macros)
     print(json.dumps({name: module.dump_func(name.encode()).hex() for name in functions}), flush=True)
@@ -70,7 +72,7 @@ def instructions() -> list[tuple[int, int, int, int]]:
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     codes = [bytes.fromhex(code) for line in said.splitlines() for code in json.loads(line).values()]
-    assert len(codes) == 2 * (1 + len(CGROUP_PROGRAMS))
+    assert len(codes) == 2 * (3 + len(CGROUP_PROGRAMS))
     return [
         (one[0], one[1] >> 4, int.from_bytes(one[2:4], "little"), int.from_bytes(one[4:], "little", signed=True))
         for code in codes
@@ -96,7 +98,7 @@ def test_instructions(instructions):
 
 def test_kinds_of_maps(kernel_sender):
     ids = set()
-    for pin in (PROGRAM_PIN, *CGROUP_PROGRAMS):
+    for pin in (PROGRAM_PIN, *RUN_BY_US, *CGROUP_PROGRAMS):
         ids |= set(
             json.loads(run("bpftool", "-j", "prog", "show", "pinned", str(kernel_sender.pin_dir / pin)))["map_ids"]
         )
