@@ -66,8 +66,9 @@ def transfer(sending: socket.socket, receiving: socket.socket, size: int) -> Non
 
 def most_bytes(sending: socket.socket, size: int) -> int:
     """What conntrack may count of `size` bytes sent: SACKs look like payload, and what was sent again counts again."""
-    segments_again = struct.unpack_from("=I", sending.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
-    return size + max(64, size // 50) + 1500 * segments_again
+    info = sending.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    segment_bytes, segments_again = (struct.unpack_from("=I", info, offset)[0] for offset in (16, 100))
+    return size + max(64, size // 50) + segment_bytes * segments_again
 
 
 def state_of(datapath: NftablesDatapath, key: np.ndarray) -> np.void | None:
