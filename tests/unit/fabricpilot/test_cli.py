@@ -21,7 +21,12 @@ def waiting():
         print("tidied up")
 commands.run()
 """
-INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+# A process started in the background may have been told to ignore Ctrl-C, and so would those it starts.
+INTERRUPTED = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)
+"""
 
 
 def run(
