@@ -73,23 +73,20 @@ static __always_inline __u8 first_flags(const struct packet *packet, const struc
 	return 0;
 }
 
-static __always_inline void start_flow(struct flow_state *fresh, const struct packet *packet, __u8 flags)
+/* A flow that begins with this packet; it enters the table when the packet has been accounted. */
+static __always_inline struct flow_state *begin_flow(struct work *work)
 {
-	fresh->flags = flags;
+	struct flow_state *fresh = &work->beginning;
+
+	__builtin_memset(fresh, 0, sizeof(*fresh));
+	fresh->flags = first_flags(&work->packet, &work->sender);
 	fresh->first_seen_ns = bpf_ktime_get_ns();
 	fresh->last_seen_ns = fresh->first_seen_ns;
 	fresh->last_data_ns = fresh->first_seen_ns;
 	fresh->message_began_ns = fresh->first_seen_ns;
-	fresh->next_sequence = packet->sequence;
-}
-
-/* A flow that begins with this packet; it enters the table when the packet has been accounted. */
-static __always_inline struct flow_state *begin_flow(struct work *work)
-{
-	__builtin_memset(&work->beginning, 0, sizeof(work->beginning));
-	start_flow(&work->beginning, &work->packet, first_flags(&work->packet, &work->sender));
+	fresh->next_sequence = work->packet.sequence;
 	work->fresh = FRESH;
-	return &work->beginning;
+	return fresh;
 }
 
 /* A new flow on the ports of an old one, which leaves the table. */

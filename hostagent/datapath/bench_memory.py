@@ -5,8 +5,8 @@ next element is known only when the one before has come, so nothing can be fetch
 """
 
 import os
-from contextlib import closing
-from typing import Any, Final
+from contextlib import ExitStack
+from typing import Final
 
 import numpy as np
 
@@ -54,7 +54,8 @@ def random_load_ns(elements: int, loads: int, rounds: int) -> int:
     from hostagent.datapath.ebpf_loader import compiled_text
 
     bcc, module = compiled_text(f"#define ELEMENTS {elements}\n#define ELEMENT_WORDS {_WORDS}\n{_SOURCE}")
-    with closing(_Cleaned(module)):
+    with ExitStack() as undo:
+        undo.callback(module.cleanup)
         follow = module.load_func(b"follow", bcc.BPF.SCHED_CLS).fd
         chain = bcc.lib.bpf_table_fd(module.module, b"chain")
         order = np.random.default_rng(1).permutation(elements).astype(np.uint32)
@@ -67,18 +68,6 @@ def random_load_ns(elements: int, loads: int, rounds: int) -> int:
             values["next"][: len(some)] = some
             bpf.update_all(chain, keys[: len(some)], values[: len(some)])
         empty = bpf.prog_load(bpf.PROG_TYPE_SCHED_CLS, bpf.RETURN_UNSPEC)
-        try:
-            both = [[bpf.prog_test_run(fd, DATA, repeat=loads)[3] for fd in (follow, empty)] for _ in range(rounds)]
-        finally:
-            os.close(empty)
+        undo.callback(os.close, empty)
+        both = [[bpf.prog_test_run(fd, DATA, repeat=loads)[3] for fd in (follow, empty)] for _ in range(rounds)]
     return min(taken for taken, _ in both) - min(nothing for _, nothing in both)
-
-
-class _Cleaned:
-    """A bcc module as something to close."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def close(self) -> None:
-        self._module.cleanup()

@@ -17,6 +17,7 @@ from hostagent.datapath.base import FLOW_KEY_DTYPE, FLOW_STATE_DTYPE
 BUCKET_FLOWS: Final = 8
 _READ_FLOWS: Final = 512  # that there is room for, so one run of the program stops short of it
 _READ_BUCKETS: Final = 16  # that one run of the program looks at
+_MOST_RUNS: Final = 512  # per system call; those for which there is no room left cost little
 _FORGET_AT_ONCE: Final = 80  # keys that one run of the program takes
 
 # `struct flow`, `struct flow_bucket` and `struct flow_tags` of ebpf/flow_table.h.
@@ -55,8 +56,8 @@ def read_flows(program: int, copies: int, buckets: int) -> tuple[npt.NDArray[np.
     while True:
         value["count"] = 0
         bpf.update(copies, zero, value)  # all of it, as the kernel knows no parts
-        runs = max(1, (buckets - int(value["bucket"][0])) // _READ_BUCKETS + 1)
-        bpf.prog_test_run(program, _ANY_FRAME, repeat=min(runs, _READ_FLOWS))
+        runs = (buckets - int(value["bucket"][0])) // _READ_BUCKETS + 1
+        bpf.prog_test_run(program, _ANY_FRAME, repeat=min(runs, _MOST_RUNS))
         bpf.lookup(copies, zero, value)
         count = int(value["count"][0])
         keys.append(words[:count, :_KEY_WORDS].copy())
